@@ -1,0 +1,74 @@
+// Command gondola-agent is what gondola runs inside a guest: the init of its own
+// initramfs, or a service of another distribution's init. It is one static
+// binary with several commands.
+//
+// Its start counts: on a host without hardware virtualization every page it
+// touches and every system call costs the guest up to a millisecond or more, so
+// it imports little and does nothing before it is needed.
+
+// The cgroup's limits are not polled: each poll is a wake-up of the guest.
+//
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
+package main
+
+import (
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strings"
+
+	"github.com/gondola-vmm/gondola/guestagent/initd"
+)
+
+// version is set by the linker.
+var version = "devel"
+
+const usage = `usage: gondola-agent COMMAND
+
+  init             be the guest's init (also when started as process 1)
+  agent [PORT]     serve the host on a virtio-serial port, as a service;
+                   PORT is a port's name (default gondola.agent) or a device
+  info             print what the agent knows of this system
+  version          print the version
+`
+
+func main() {
+	// The live heap is small: a collection when 32 MiB are in use is enough,
+	// and spares the collector's threads in a guest that runs one command.
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(32 << 20)
+	runtime.GOMAXPROCS(1)
+
+	name := os.Args[0][strings.LastIndexByte(os.Args[0], '/')+1:]
+	if os.Getpid() == 1 || name == "init" {
+		initd.Run("gondola-agent " + version)
+	}
+	os.Exit(command(os.Args[1:]))
+}
+
+func command(args []string) int {
+	var err error
+	switch {
+	case len(args) == 1 && args[0] == "init":
+		initd.Run("gondola-agent " + version)
+	case len(args) >= 1 && len(args) <= 2 && args[0] == "agent":
+		port := initd.DefaultPort
+		if len(args) == 2 {
+			port = args[1]
+		}
+		err = initd.Service(port, "gondola-agent "+version)
+	case len(args) == 1 && args[0] == "info":
+		err = initd.PrintInfo(os.Stdout, "gondola-agent "+version)
+	case len(args) == 1 && args[0] == "version":
+		_, err = os.Stdout.WriteString("gondola-agent " + version + "\n")
+	default:
+		os.Stderr.WriteString(usage)
+		return 2
+	}
+	if err != nil {
+		os.Stderr.WriteString("gondola-agent: " + err.Error() + "\n")
+		return 1
+	}
+	return 0
+}

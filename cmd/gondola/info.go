@@ -1,0 +1,232 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/gondola-vmm/gondola/guestagent"
+	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/vmm/control"
+)
+
+func infoCommand() *cobra.Command {
+	var asJSON, all bool
+	c := &cobra.Command{
+		Use:   "info NAME",
+		Short: "Describe a running machine and what runs in it",
+		Long: `Describe a running machine: what its monitor knows, and what the agent in its guest
+sees: memory, load, processes and network connections. While the agent does not
+answer, only the former.`,
+		Args:              oneMachine,
+		ValidArgsFunction: completeMachine,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return info(cmd.Context(), args[0], asJSON, all, cmd.OutOrStdout())
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "machine-readable, with everything")
+	c.Flags().BoolVarP(&all, "all", "a", false, "show the guest kernel's own threads and sockets of no process, too")
+	return c
+}
+
+// infoTimeout is how long the guest may take to tell what it sees: reading
+// /proc is slow where a system call costs 0.3 ms.
+const infoTimeout = 30 * time.Second
+
+// The agent's answers in JSON. The fields are those of package proto; a
+// conversion holds them together.
+type (
+	guestView struct {
+		Hostname    string           `json:"hostname"`
+		Kernel      string           `json:"kernel"`
+		Agent       string           `json:"agent"`
+		UptimeMS    uint64           `json:"uptime_ms"`
+		Load        [3]float64       `json:"load"`
+		Memory      memoryView       `json:"memory"`
+		CPUs        int              `json:"cpus"`
+		Truncated   bool             `json:"truncated,omitempty"`
+		Processes   []processView    `json:"processes"`
+		Connections []connectionView `json:"connections"`
+	}
+	memoryView struct {
+		Total     uint64 `json:"total_bytes"`
+		Free      uint64 `json:"free_bytes"`
+		Available uint64 `json:"available_bytes"`
+		Cached    uint64 `json:"cached_bytes"`
+		SwapTotal uint64 `json:"swap_total_bytes"`
+		SwapFree  uint64 `json:"swap_free_bytes"`
+	}
+	processView struct {
+		PID      int    `json:"pid"`
+		PPID     int    `json:"ppid"`
+		Name     string `json:"name"`
+		Command  string `json:"command,omitempty"`
+		UID      int    `json:"uid"`
+		State    string `json:"state"`
+		UserMS   uint64 `json:"user_ms"`
+		SystemMS uint64 `json:"system_ms"`
+		RSS      uint64 `json:"rss_bytes"`
+		VSize    uint64 `json:"vsize_bytes"`
+		Threads  int    `json:"threads"`
+		Nice     int    `json:"nice"`
+		Policy   int    `json:"policy"`
+		RTPrio   int    `json:"rt_priority,omitempty"`
+		StartMS  uint64 `json:"start_ms"`
+		Affinity []byte `json:"affinity,omitempty"`
+		Kernel   bool   `json:"kernel,omitempty"`
+	}
+	connectionView struct {
+		Protocol string `json:"protocol"`
+		Local    string `json:"local"`
+		Remote   string `json:"remote,omitempty"`
+		State    string `json:"state,omitempty"`
+		Inode    uint64 `json:"inode"`
+		PID      int    `json:"pid,omitempty"`
+		UID      int    `json:"uid"`
+		RxBytes  uint64 `json:"rx_bytes,omitempty"`
+		TxBytes  uint64 `json:"tx_bytes,omitempty"`
+		RxSegs   uint64 `json:"rx_segments,omitempty"`
+		TxSegs   uint64 `json:"tx_segments,omitempty"`
+	}
+)
+
+func viewGuest(g *guestagent.GuestInfo) *guestView {
+	v := &guestView{
+		Hostname: g.Hostname, Kernel: g.Kernel, Agent: g.Agent, UptimeMS: g.UptimeMS, Load: g.Load,
+		Memory: memoryView(g.Memory), CPUs: g.CPUs, Truncated: g.Truncated,
+		Processes: []processView{}, Connections: []connectionView{},
+	}
+	for _, p := range g.Processes {
+		v.Processes = append(v.Processes, processView(p))
+	}
+	for _, c := range g.Connections {
+		v.Connections = append(v.Connections, connectionView(c))
+	}
+	return v
+}
+
+func info(ctx context.Context, name string, asJSON, all bool, w io.Writer) error {
+	c, err := dial(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	m, err := c.Machine(ctx)
+	if err != nil {
+		return err
+	}
+	var g *guestView
+	if m.State == control.StateRunning {
+		ctx, cancel := context.WithTimeout(ctx, infoTimeout)
+		defer cancel()
+		seen, err := c.Info(ctx, proto.InfoRequest{Processes: true, Connections: true})
+		switch {
+		case err == nil:
+			g = viewGuest(seen)
+		case errors.Is(err, context.DeadlineExceeded):
+			fmt.Fprintf(os.Stderr, "gondola: the guest's agent does not answer within %v\n", infoTimeout)
+		default:
+			return err
+		}
+	}
+	if asJSON {
+		return printJSON(w, struct {
+			Machine machineView `json:"machine"`
+			Guest   *guestView  `json:"guest"`
+		}{view(m), g})
+	}
+	return printInfo(w, m, g, all)
+}
+
+func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	row := func(title, format string, a ...any) { fmt.Fprintf(tw, title+"\t"+format+"\n", a...) }
+	mem := memorySize(m.Memory)
+	row("machine", "%s, %s, process %d, for %s", m.Name, m.State, m.PID, shortDuration(time.Since(time.Unix(0, m.Started))))
+	row("host", "%s", orDash(m.Host))
+	row("size", "%d vCPUs, %s", m.VCPUs, mem.String())
+	if m.Kernel != "" {
+		row("kernel file", "%s", m.Kernel)
+	}
+	if len(m.Command) > 0 {
+		row("command", "%s", printable(strings.Join(m.Command, " ")))
+	}
+	if m.Output != "" {
+		row("output", "%s", m.Output)
+	}
+	exits := uint64(0)
+	for _, n := range m.Stats.Exits {
+		exits += n
+	}
+	row("exits", "%d", exits)
+	if m.Stats.Syscalls > 0 {
+		completed := uint64(0)
+		for _, n := range m.Stats.Completed {
+			completed += n
+		}
+		row("completed", "%d system calls, %d instructions", m.Stats.Syscalls, completed)
+	}
+	if g == nil {
+		return tw.Flush()
+	}
+	row("guest", "%s, Linux %s, %d CPUs, up %s", printable(g.Hostname), printable(g.Kernel), g.CPUs, shortDuration(time.Duration(g.UptimeMS)*time.Millisecond))
+	row("agent", "%s", printable(g.Agent))
+	row("load", "%.2f %.2f %.2f", g.Load[0], g.Load[1], g.Load[2])
+	row("memory", "%s of %s available, %s cached", size(g.Memory.Available), size(g.Memory.Total), size(g.Memory.Cached))
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintln(tw, "\nPID\tPPID\tUID\tSTATE\tCPU\tRSS\tTHREADS\tCOMMAND")
+	for _, p := range g.Processes {
+		if p.Kernel && !all {
+			continue
+		}
+		name := p.Command
+		if name == "" {
+			name = "[" + p.Name + "]"
+		}
+		cpu := time.Duration(p.UserMS+p.SystemMS) * time.Millisecond
+		fmt.Fprintf(tw, "%d\t%d\t%d\t%s\t%.2fs\t%s\t%d\t%s\n", p.PID, p.PPID, p.UID, printable(p.State), cpu.Seconds(), size(p.RSS), p.Threads, shorten(printable(name), 80))
+	}
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	shown := false
+	for _, c := range g.Connections {
+		if c.PID == 0 && !all {
+			continue
+		}
+		if !shown {
+			fmt.Fprintln(tw, "\nPROTO\tLOCAL\tREMOTE\tSTATE\tPID\tRECEIVED\tSENT")
+			shown = true
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", printable(c.Protocol), printable(c.Local), orDash(printable(c.Remote)),
+			orDash(printable(c.State)), c.PID, size(c.RxBytes), size(c.TxBytes))
+	}
+	if g.Truncated {
+		fmt.Fprintf(tw, "\nThe lists are cut at %d entries.\n", proto.MaxList)
+	}
+	return tw.Flush()
+}
+
+// size is n bytes with three digits or so and a unit.
+func size(n uint64) string {
+	v, unit := float64(n), ""
+	for _, u := range []string{"K", "M", "G", "T", "P"} {
+		if v < 1024 {
+			break
+		}
+		v, unit = v/1024, u
+	}
+	if unit == "" || v >= 10 {
+		return fmt.Sprintf("%.0f%s", v, unit)
+	}
+	return fmt.Sprintf("%.1f%s", v, unit)
+}

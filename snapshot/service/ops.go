@@ -1,0 +1,228 @@
+package service
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/snapshot/ports"
+)
+
+// Names of the operations.
+const (
+	OpPing     = "ping"
+	OpHostInfo = "host-info"
+	OpList     = "list"
+	OpMark     = "mark"
+)
+
+// Op performs an operation. The result goes to the guest with the Done event, as
+// CBOR; nil is none. Of errors the guest is told *proto.RemoteError only, of others
+// that there was one. Operations are performed one at a time; ctx ends when the
+// service is closed.
+type Op func(ctx context.Context, c *Call) (result any, err error)
+
+// Call is a request that is being performed. Its credentials were right, where
+// they were needed.
+type Call struct{ ports.Request }
+
+// Arguments decodes the request's arguments into v, which it leaves alone if there
+// are none.
+func (c *Call) Arguments(v any) error {
+	if len(c.Args) == 0 {
+		return nil
+	}
+	if err := proto.Unmarshal(c.Args, v); err != nil {
+		return &proto.RemoteError{Code: proto.CodeBadRequest, Message: "arguments not understood: " + err.Error()}
+	}
+	return nil
+}
+
+func ping(context.Context, *Call) (any, error) { return nil, nil }
+
+// HostInfoResult is what the host has left (S5.6).
+type HostInfoResult struct {
+	DiskFree  uint64     `cbor:"1,keyasint"` // bytes where states are stored, free for the machine
+	DiskTotal uint64     `cbor:"2,keyasint"`
+	MemFree   uint64     `cbor:"3,keyasint"` // bytes that can be had without swapping
+	MemTotal  uint64     `cbor:"4,keyasint"`
+	Load      [3]float64 `cbor:"5,keyasint"` // of the last 1, 5 and 15 minutes
+	CPUs      int        `cbor:"6,keyasint"` // processors that the machine may use
+}
+
+// HostInfo is the operation host-info; dir is where the machine's states are.
+func HostInfo(dir string) Op {
+	return func(context.Context, *Call) (any, error) {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(dir, &fs); err != nil {
+			return nil, fmt.Errorf("statfs %s: %w", dir, err)
+		}
+		unit := uint64(fs.Frsize)
+		r := HostInfoResult{DiskFree: fs.Bavail * unit, DiskTotal: fs.Blocks * unit, CPUs: runtime.NumCPU()}
+		f, err := os.Open("/proc/meminfo")
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		if r.MemTotal, r.MemFree, err = parseMeminfo(f); err != nil {
+			return nil, err
+		}
+		b, err := os.ReadFile("/proc/loadavg")
+		if err != nil {
+			return nil, err
+		}
+		if _, err := fmt.Sscan(string(b), &r.Load[0], &r.Load[1], &r.Load[2]); err != nil {
+			return nil, fmt.Errorf("/proc/loadavg: %w", err)
+		}
+		return r, nil
+	}
+}
+
+// parseMeminfo finds total and available memory in bytes.
+func parseMeminfo(r io.Reader) (total, available uint64, err error) {
+	s := bufio.NewScanner(r)
+	for s.Scan() {
+		f := strings.Fields(s.Text())
+		if len(f) < 2 || f[0] != "MemTotal:" && f[0] != "MemAvailable:" {
+			continue
+		}
+		kib, err := strconv.ParseUint(f[1], 10, 54)
+		if err != nil {
+			return 0, 0, fmt.Errorf("/proc/meminfo: %w", err)
+		}
+		if f[0] == "MemTotal:" {
+			total = kib << 10
+		} else {
+			available = kib << 10
+		}
+	}
+	return total, available, s.Err()
+}
+
+// State describes a saved state of the machine (S5.9).
+type State struct {
+	Name        string   `cbor:"1,keyasint"`
+	Parent      string   `cbor:"2,keyasint,omitempty"`
+	Description string   `cbor:"3,keyasint,omitempty"`
+	Tags        []string `cbor:"4,keyasint,omitempty"`
+	UnixMilli   int64    `cbor:"5,keyasint,omitempty"` // when it was saved, on the host's clock
+	Bytes       uint64   `cbor:"6,keyasint,omitempty"` // on disk, without its parents
+}
+
+// Lister knows the machine's saved states, and no other machine's (S5.7).
+type Lister interface {
+	List(ctx context.Context) ([]State, error)
+}
+
+// ListResult is the result of list.
+type ListResult struct {
+	States []State `cbor:"1,keyasint"`
+}
+
+// List is the operation list; nil is a machine without states.
+func List(l Lister) Op {
+	return func(ctx context.Context, _ *Call) (any, error) {
+		r := ListResult{States: []State{}}
+		if l == nil {
+			return r, nil
+		}
+		states, err := l.List(ctx)
+		if err != nil {
+			return nil, err
+		}
+		r.States = append(r.States, states...)
+		return r, nil
+	}
+}
+
+// Mark says that the machine is time-critical for a while (S2.3), or no more.
+type Mark struct {
+	For       time.Duration // 0: no more
+	Principal string
+	Why       string // the guest's words, for people
+}
+
+// Marker takes marks, and decides for how long they count.
+type Marker interface {
+	Mark(ctx context.Context, m Mark) (granted time.Duration, err error)
+}
+
+// MarkRequest is the argument of mark.
+type MarkRequest struct {
+	Millis uint64 `cbor:"1,keyasint"` // 0: no more
+	Why    string `cbor:"2,keyasint,omitempty"`
+}
+
+// MarkResult is the result of mark.
+type MarkResult struct {
+	Millis uint64 `cbor:"1,keyasint"` // granted
+}
+
+// maxMark bounds what is asked for before a Marker sees it.
+const maxMark = 24 * time.Hour
+
+// MarkOp is the operation mark.
+func MarkOp(m Marker) Op {
+	return func(ctx context.Context, c *Call) (any, error) {
+		var r MarkRequest
+		if err := c.Arguments(&r); err != nil {
+			return nil, err
+		}
+		d := time.Duration(min(r.Millis, uint64(maxMark/time.Millisecond))) * time.Millisecond
+		granted, err := m.Mark(ctx, Mark{For: d, Principal: c.Principal, Why: r.Why})
+		if err != nil {
+			return nil, err
+		}
+		return MarkResult{Millis: uint64(granted / time.Millisecond)}, nil
+	}
+}
+
+// Marks is a Marker that records the latest mark. A mark counts for at most Limit
+// at a time, and within each Limit*10 for no more than Limit in all, so that a
+// guest cannot be time-critical for ever.
+type Marks struct {
+	Limit time.Duration // default 10 s
+
+	mu     sync.Mutex
+	latest Mark
+	until  time.Time
+	window time.Time // when the present account began
+	used   time.Duration
+}
+
+// Mark implements Marker. A mark of 0 ends the present one and gives back what is
+// left of it.
+func (m *Marks) Mark(_ context.Context, mark Mark) (time.Duration, error) {
+	limit := m.Limit
+	if limit == 0 {
+		limit = 10 * time.Second
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := time.Now()
+	m.used -= max(0, min(m.used, m.until.Sub(now)))
+	if now.Sub(m.window) >= 10*limit {
+		m.window, m.used = now, 0
+	}
+	granted := max(0, min(mark.For, limit-m.used))
+	m.used += granted
+	m.latest, m.until = mark, now.Add(granted)
+	return granted, nil
+}
+
+// Latest is the latest mark and when it ends or ended.
+func (m *Marks) Latest() (Mark, time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.latest, m.until
+}

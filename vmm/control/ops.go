@@ -1,0 +1,70 @@
+// Package control lets other processes of the same user watch and use a running
+// machine: its directory, its control socket, and the client of that.
+//
+//	$XDG_RUNTIME_DIR/gondola/      Home, mode 0700
+//	    NAME/                      Dir
+//	        lock                   held by the machine's process
+//	        control                the socket
+//
+// On the socket the agent protocol is spoken (package proto, docs/protocol.md),
+// with the operations of the machine, below, and those of the agent in the
+// guest, which the server passes on with their streams and their flow control: a
+// client of the socket is a client of the agent. What a client has begun is
+// cancelled when it goes away.
+package control
+
+import "github.com/gondola-vmm/gondola/vmm"
+
+// Operations of a machine. Those of the agent that are passed on are exec,
+// file.put, file.get, info and ping.
+const (
+	OpInfo   = "machine.info"   // no arguments → Info
+	OpStop   = "machine.stop"   // StopRequest → StopReply
+	OpLogs   = "machine.logs"   // LogsRequest, stream 1 the console's output, empty reply
+	OpPause  = "machine.pause"  // no arguments, empty reply
+	OpResume = "machine.resume" // no arguments, empty reply
+)
+
+// States of a machine.
+const (
+	StateStarting = "starting" // its kernel or memory is being prepared
+	StateBooting  = "booting"  // it runs, the agent has not answered yet
+	StateRunning  = "running"  // the agent answers
+	StatePaused   = "paused"
+	StateStopping = "stopping" // it was asked to stop
+	StateEnded    = "ended"
+)
+
+// Info describes a machine.
+type Info struct {
+	Name    string    `cbor:"1,keyasint" json:"name"`
+	PID     int       `cbor:"2,keyasint" json:"pid"`
+	State   string    `cbor:"3,keyasint" json:"state"`
+	VCPUs   int       `cbor:"4,keyasint" json:"vcpus"`
+	Memory  uint64    `cbor:"5,keyasint" json:"memory_bytes"`
+	Host    string    `cbor:"6,keyasint" json:"host"`                        // the kind of KVM host, see vmm.HostKind
+	Kernel  string    `cbor:"7,keyasint,omitempty" json:"kernel,omitempty"`  // path; "" is gondola's own
+	Command []string  `cbor:"8,keyasint,omitempty" json:"command,omitempty"` // what it was started for
+	Started int64     `cbor:"9,keyasint" json:"-"`                           // UNIX nanoseconds
+	Output  string    `cbor:"10,keyasint,omitempty" json:"output,omitempty"` // the file with a detached machine's output
+	Clients int       `cbor:"11,keyasint" json:"clients"`                    // of the control socket, with the one who asks
+	Stats   vmm.Stats `cbor:"12,keyasint" json:"stats"`                      // since the start
+}
+
+// StopRequest ends a machine: the guest is asked to power off, and if it has not
+// after the timeout, or Kill is set, the machine is stopped.
+type StopRequest struct {
+	Kill      bool  `cbor:"1,keyasint,omitempty"`
+	TimeoutMS int64 `cbor:"2,keyasint,omitempty"` // default 10 s, at most an hour
+}
+
+// StopReply comes when the guest has ended, or immediately before it is ended.
+type StopReply struct {
+	Insisted bool   `cbor:"1,keyasint,omitempty"` // the guest did not end by itself
+	Why      string `cbor:"2,keyasint,omitempty"`
+}
+
+// LogsRequest asks for the last 64 KiB of the console.
+type LogsRequest struct {
+	Follow bool `cbor:"1,keyasint,omitempty"` // and what comes, until the machine's end
+}

@@ -1,0 +1,458 @@
+// Package guest is a machine with a Linux guest and gondola's agent in it: kernel,
+// initramfs, console and the agent's client put together. It is what `gondola
+// run` and the test harness use, and the short way into gondola for a Go program:
+//
+//	g, err := guest.Start(ctx, guest.Config{})
+//	if err != nil { … }
+//	defer g.Close()
+//	status, err := g.Agent().Exec(ctx, guestagent.Command{Args: []string{"uname", "-a"}, Stdout: os.Stdout})
+package guest
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gondola-vmm/gondola/devices/virtio/console"
+	"github.com/gondola-vmm/gondola/devices/virtio/rng"
+	"github.com/gondola-vmm/gondola/firmware"
+	"github.com/gondola-vmm/gondola/firmware/guestkernel"
+	"github.com/gondola-vmm/gondola/guestagent"
+	"github.com/gondola-vmm/gondola/guestagent/agentbin"
+	"github.com/gondola-vmm/gondola/guestagent/initconf"
+	"github.com/gondola-vmm/gondola/guestagent/initramfs"
+	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/vmm"
+)
+
+// AgentPort is the virtio-serial port between agent and host.
+const AgentPort = "gondola.agent"
+
+// Console is the guest's interactive console.
+type Console int
+
+const (
+	// NoConsole: no shell is started. The kernel's messages go to the log.
+	NoConsole Console = iota
+	// SerialConsole: a shell on the serial port, ttyS0, with the kernel's
+	// messages.
+	SerialConsole
+	// VirtioConsole: a shell on the virtio console, hvc0, whose window size
+	// follows the host's.
+	VirtioConsole
+)
+
+// device is the console's name in Linux.
+func (c Console) device() string {
+	switch c {
+	case SerialConsole:
+		return "ttyS0"
+	case VirtioConsole:
+		return "hvc0"
+	}
+	return ""
+}
+
+// NoInitrd as Config.Initrd boots without an initramfs.
+const NoInitrd = "none"
+
+// Config describes a guest. The zero value is one vCPU, 128 MiB, gondola's own
+// kernel and the userland that suits the host.
+type Config struct {
+	Name   string // for messages and the guest's host name; default "gondola"
+	VCPUs  int
+	Memory uint64 // bytes
+	// Kernel is a bzImage or vmlinux; "" is the guest kernel (package
+	// guestkernel), which is built if it has to be.
+	Kernel string
+	// Initrd replaces gondola's own initramfs; NoInitrd is none at all.
+	// Without an agent in it, only the console works.
+	Initrd string
+	// Userland goes into gondola's own initramfs; "" is u-root's commands on
+	// hardware hosts and busybox on PVM hosts, where a Go program takes a
+	// second or more to start.
+	Userland initramfs.Userland
+	// Files are copied into gondola's own initramfs.
+	Files []initramfs.File
+	// Cmdline is added to the kernel's command line, behind everything else.
+	Cmdline string
+	// NoHostCmdline is vmm.Config.NoHostCmdline.
+	NoHostCmdline bool
+	// SelfDecompress and ACPI: see firmware.Linux.
+	SelfDecompress bool
+	ACPI           bool
+	// Console is the interactive console, Output what it prints. Whatever
+	// goes to the serial port is in the log as well.
+	Console    Console
+	Output     io.Writer
+	Rows, Cols uint16
+	// Command is performed by the init on the serial console if the kernel
+	// has no virtio-serial port, with its output on Output; the run then
+	// ends with its exit code (vmm.Exited). With a port it does nothing.
+	Command []string
+	// Verbose lets the kernel print all of its messages (slow on PVM hosts);
+	// Log gets what the serial port prints as it comes.
+	Verbose bool
+	Log     io.Writer
+	// RNG attaches a virtio entropy device. The guest's random generator is
+	// seeded by the agent in any case.
+	RNG bool
+	// Devices are attached behind gondola's own.
+	Devices []vmm.Device
+	// Agent is the content of the agent's binary; nil: package agentbin finds
+	// it.
+	Agent []byte
+	// Progress, if set, is told what is being done. It may be called from
+	// several goroutines.
+	Progress func(string)
+}
+
+// ErrNoAgent: the guest ended, or the context did, before the agent answered. The
+// error has the end of the console's log.
+var ErrNoAgent = errors.New("the guest's agent did not answer")
+
+// Times are the stages of a start.
+type Times struct {
+	Files time.Duration `json:"files_ns"` // kernel and initramfs found or made
+	Load  time.Duration `json:"load_ns"`  // machine made, memory loaded
+	Boot  time.Duration `json:"boot_ns"`  // from the first KVM_RUN to the agent's first word
+}
+
+// Guest is a running guest.
+type Guest struct {
+	vm     *vmm.VM
+	agent  *guestagent.Client
+	con    *console.Device
+	hvc    *console.Port
+	serial *vmm.Serial
+	log    *consoleLog
+	times  Times
+	hello  proto.Hello
+
+	stop    context.CancelFunc
+	done    chan struct{} // closed when the run has ended
+	exit    vmm.Exit
+	copies  sync.WaitGroup
+	closing sync.Once
+	err     error
+}
+
+// Start makes a guest and lets it run. It does not wait for the guest: Ready
+// does. ctx bounds the start, not the guest's life.
+func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
+	begin := time.Now()
+	g := &Guest{done: make(chan struct{}), log: &consoleLog{}}
+	defer func() {
+		if err != nil {
+			g.Close()
+		}
+	}()
+	progress := cfg.Progress
+	if progress == nil {
+		progress = func(string) {}
+	}
+	kernel, own := cfg.Kernel, cfg.Kernel == ""
+	if own {
+		k, err := guestkernel.Ensure(ctx, guestkernel.Options{Progress: func(e guestkernel.Event) { progress("guest kernel: " + e.String()) }})
+		if err != nil {
+			return nil, err
+		}
+		kernel = k.VMLinux
+	}
+	initrd := cfg.Initrd
+	if initrd == "" {
+		var remove func()
+		if initrd, remove, err = cfg.initramfs(ctx, own, progress); err != nil {
+			return nil, err
+		}
+		defer remove() // it is in the guest's memory by then
+	}
+	g.times.Files = time.Since(begin)
+
+	begin = time.Now()
+	g.con, err = console.New(console.Config{
+		Console: cfg.Console == VirtioConsole, Ports: []string{AgentPort}, Rows: cfg.Rows, Cols: cfg.Cols,
+	})
+	if err != nil {
+		return nil, err
+	}
+	g.log.live = cfg.Log
+	if cfg.Output != nil {
+		if cfg.Console == SerialConsole {
+			g.log.all(cfg.Output)
+		} else if len(cfg.Command) > 0 {
+			g.log.afterMark(cfg.Output)
+		}
+	}
+	g.serial = &vmm.Serial{Output: g.log}
+	devices := []vmm.Device{g.serial, vmm.Virtio{Name: "virtio console", Device: g.con}}
+	if cfg.RNG {
+		devices = append(devices, vmm.Virtio{Name: "virtio rng", Device: rng.New(rng.Config{})})
+	}
+	seed := make([]byte, 64)
+	_, _ = rand.Read(seed) // never fails
+	boot := firmware.Linux{
+		Seed:           seed,
+		Kernel:         firmware.File(kernel),
+		Cmdline:        cfg.cmdline(),
+		SelfDecompress: cfg.SelfDecompress,
+	}
+	if initrd != NoInitrd {
+		boot.Initrd = []firmware.Source{firmware.File(initrd)}
+	}
+	if cfg.ACPI {
+		boot.Discovery = firmware.ByACPI
+	}
+	g.vm, err = vmm.New(vmm.Config{
+		Name: cfg.Name, VCPUs: cfg.VCPUs, Memory: cfg.Memory, Boot: boot,
+		Devices: slices.Concat(devices, cfg.Devices), NoHostCmdline: cfg.NoHostCmdline,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := g.connect(cfg); err != nil {
+		return nil, err
+	}
+	g.times.Load = time.Since(begin)
+	progress("booting the guest")
+	run, stop := context.WithCancel(context.Background())
+	g.stop = stop
+	go func() {
+		defer close(g.done)
+		g.exit = g.vm.Run(run)
+	}()
+	g.copies.Go(func() {
+		// What the guest said last is still to be read; then nobody answers.
+		<-g.done
+		select {
+		case <-g.agent.Done():
+		case <-time.After(time.Second):
+		}
+		g.agent.Close() // says how the port ended
+	})
+	return g, nil
+}
+
+// initramfs makes gondola's own initramfs and returns its path, and what removes
+// it if it is not worth keeping.
+func (c Config) initramfs(ctx context.Context, ownKernel bool, progress func(string)) (_ string, remove func(), err error) {
+	host, err := vmm.Kind()
+	if err != nil {
+		return "", nil, err
+	}
+	conf := initconf.Config{
+		Hostname: c.Name,
+		Command:  c.Command,
+		ExitPort: 0xf4,
+		Console:  c.Console.device(),
+	}
+	if ownKernel {
+		conf.Port = AgentPort // it has the driver, so it is worth waiting for
+	}
+	userland := c.Userland
+	if userland == "" {
+		userland = initramfs.UserlandUroot
+	}
+	if host == vmm.HostPVM {
+		// Each wake-up costs 4 ms of emulated kernel there.
+		conf.TimerSlack = 10 * time.Millisecond
+		if c.Userland == "" {
+			userland = initramfs.UserlandBusybox
+		}
+	}
+	cache, err := initramfs.DefaultCacheDir()
+	if err != nil {
+		return "", nil, err
+	}
+	agent, err := agentbin.Find(ctx, c.Agent, filepath.Join(cache, "agent"))
+	if err != nil {
+		return "", nil, err
+	}
+	o := initramfs.Options{Agent: agent, Userland: userland, Config: conf, Files: c.Files, Progress: progress}
+	if len(c.Files) == 0 {
+		path, err := initramfs.Cached(ctx, o)
+		return path, func() {}, err
+	}
+	// The user's files are others each time.
+	f, err := os.CreateTemp("", "gondola-*.cpio")
+	if err != nil {
+		return "", nil, err
+	}
+	remove = func() { os.Remove(f.Name()) }
+	if err := errors.Join(initramfs.Write(ctx, f, o), f.Close()); err != nil {
+		remove()
+		return "", nil, err
+	}
+	return f.Name(), remove, nil
+}
+
+// cmdline is what gondola itself wants of the kernel, then the user's words.
+func (c Config) cmdline() string {
+	words := []string{"console=ttyS0"}
+	if c.Console == VirtioConsole {
+		words = append(words, "console=hvc0")
+	}
+	if !c.Verbose {
+		words = append(words, "quiet")
+	}
+	words = append(words, "reboot=k", "panic=-1", "8250.nr_uarts=1", "rootfstype=ramfs")
+	if c.Cmdline != "" {
+		words = append(words, c.Cmdline)
+	}
+	return strings.Join(words, " ")
+}
+
+// connect opens the host's side of the ports.
+func (g *Guest) connect(cfg Config) error {
+	port, err := g.con.Open(AgentPort)
+	if err != nil {
+		return err
+	}
+	seed := make([]byte, 64)
+	_, _ = rand.Read(seed) // never fails
+	g.agent = guestagent.NewClient(port, guestagent.Options{Hello: proto.Hello{UnixNano: time.Now().UnixNano(), Seed: seed}})
+	if cfg.Console != VirtioConsole {
+		return nil
+	}
+	if g.hvc, err = g.con.Open(console.ConsoleName); err != nil {
+		return err
+	}
+	out := cfg.Output
+	if out == nil {
+		out = io.Discard
+	}
+	g.copies.Go(func() {
+		for {
+			// A session of the guest ends with EOF, and another may follow.
+			if _, err := io.Copy(out, struct{ io.Reader }{g.hvc}); err != nil {
+				return
+			}
+		}
+	})
+	return nil
+}
+
+// Ready waits until the agent answers. If the guest ends first, or ctx does, the
+// error matches ErrNoAgent.
+func (g *Guest) Ready(ctx context.Context) error {
+	begin := time.Now()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-g.done:
+			cancel(fmt.Errorf("the guest ended: %v", g.exit))
+		case <-ctx.Done():
+		}
+	}()
+	hello, err := g.agent.Ready(ctx)
+	if err != nil {
+		if c := context.Cause(ctx); c != nil {
+			err = c
+		}
+		select {
+		case <-g.done: // its last words are the ones that say why
+			g.drain(context.Background())
+		default:
+		}
+		return fmt.Errorf("%w: %w%s", ErrNoAgent, err, g.log.excerpt())
+	}
+	g.hello = hello
+	g.times.Boot = time.Since(begin)
+	return nil
+}
+
+// Agent is the client of the guest's agent.
+func (g *Guest) Agent() *guestagent.Client { return g.agent }
+
+// VM is the machine.
+func (g *Guest) VM() *vmm.VM { return g.vm }
+
+// Times are the stages of the start; Boot is known after Ready.
+func (g *Guest) Times() Times { return g.times }
+
+// Write sends input to the console.
+func (g *Guest) Write(p []byte) (int, error) {
+	if g.hvc != nil {
+		return g.hvc.Write(p)
+	}
+	return g.serial.Write(p)
+}
+
+// Resize tells the virtio console its window's size in characters.
+func (g *Guest) Resize(rows, cols uint16) { g.con.Resize(cols, rows) }
+
+// Log is the latest output of the serial port, at most 64 KiB: the kernel's
+// messages, and what the guest wrote to its console.
+func (g *Guest) Log() []byte { return g.log.bytes() }
+
+// Fallback tells whether the init runs Config.Command on the console, there being
+// no port.
+func (g *Guest) Fallback() bool { return g.log.marked() }
+
+// Done is closed when the guest has ended.
+func (g *Guest) Done() <-chan struct{} { return g.done }
+
+// Wait returns how the guest ended, or ctx's error.
+func (g *Guest) Wait(ctx context.Context) (vmm.Exit, error) {
+	select {
+	case <-g.done:
+		g.drain(ctx)
+		return g.exit, nil
+	case <-ctx.Done():
+		return vmm.Exit{}, context.Cause(ctx)
+	}
+}
+
+// drain lets what the guest wrote to the serial port arrive, for a second at most:
+// what is not out by then has no taker.
+func (g *Guest) drain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	_ = g.serial.Drain(ctx)
+}
+
+// Shutdown asks the guest to power off and waits until it has, or ctx ends.
+func (g *Guest) Shutdown(ctx context.Context) error {
+	if err := g.agent.Shutdown(ctx, "poweroff"); err != nil {
+		select {
+		case <-g.done:
+			return nil
+		default:
+			return err
+		}
+	}
+	_, err := g.Wait(ctx)
+	return err
+}
+
+// Close ends the guest at once and frees all it has. It is idempotent and legal
+// at any time.
+func (g *Guest) Close() error {
+	g.closing.Do(func() {
+		if g.stop != nil {
+			g.stop()
+			<-g.done
+		}
+		var errs []error
+		if g.vm != nil {
+			errs = append(errs, g.vm.Close()) // closes the ports, too
+		} else if g.con != nil {
+			errs = append(errs, g.con.Close())
+		}
+		if g.agent != nil {
+			g.agent.Close() // says how the port ended
+		}
+		g.copies.Wait()
+		g.err = errors.Join(errs...)
+	})
+	return g.err
+}

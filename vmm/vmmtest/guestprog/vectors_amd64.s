@@ -1,0 +1,119 @@
+#include "textflag.h"
+
+// One step of check: does register Y still hold pattern N? XOR with the pattern
+// makes it zero, and again makes it what it was.
+#define CHECK(N, Y) \
+	VXORPS N*32(SI), Y, Y; \
+	VPTEST Y, Y; \
+	JNZ bad; \
+	VXORPS N*32(SI), Y, Y
+
+#define CHECKX87(N) \
+	FMOVDP F0, 576(SI); \
+	MOVQ 576(SI), AX; \
+	CMPQ AX, 512+N*8(SI); \
+	SETNE AX; \
+	ORB AX, BX
+
+// func check(p *patterns, iterations, yieldEvery int) (bad int)
+//
+// BX: this iteration's x87 and control word mismatches.
+TEXT ·check(SB), NOSPLIT, $0-32
+	MOVQ p+0(FP), SI
+	MOVQ iterations+8(FP), R12
+	MOVQ yieldEvery+16(FP), R13
+	XORQ R9, R9
+	MOVQ R13, R10
+	FLDCW 644(SI)
+	LDMXCSR 640(SI)
+
+load:
+	VMOVUPS 0(SI), Y0
+	VMOVUPS 32(SI), Y1
+	VMOVUPS 64(SI), Y2
+	VMOVUPS 96(SI), Y3
+	VMOVUPS 128(SI), Y4
+	VMOVUPS 160(SI), Y5
+	VMOVUPS 192(SI), Y6
+	VMOVUPS 224(SI), Y7
+	VMOVUPS 256(SI), Y8
+	VMOVUPS 288(SI), Y9
+	VMOVUPS 320(SI), Y10
+	VMOVUPS 352(SI), Y11
+	VMOVUPS 384(SI), Y12
+	VMOVUPS 416(SI), Y13
+	VMOVUPS 448(SI), Y14
+	VMOVUPS 480(SI), Y15
+
+next:
+	XORL BX, BX
+	FMOVD 512(SI), F0
+	FMOVD 520(SI), F0
+	FMOVD 528(SI), F0
+	FMOVD 536(SI), F0
+	FMOVD 544(SI), F0
+	FMOVD 552(SI), F0
+	FMOVD 560(SI), F0
+	FMOVD 568(SI), F0
+
+	DECQ R10
+	JNZ stay
+	MOVQ R13, R10
+	MOVL $24, AX // sched_yield
+	SYSCALL
+
+stay:
+	CHECKX87(7)
+	CHECKX87(6)
+	CHECKX87(5)
+	CHECKX87(4)
+	CHECKX87(3)
+	CHECKX87(2)
+	CHECKX87(1)
+	CHECKX87(0)
+	FSTCW 648(SI)
+	MOVW 648(SI), AX
+	CMPW AX, 644(SI)
+	SETNE AX
+	ORB AX, BX
+	STMXCSR 648(SI)
+	MOVL 648(SI), AX
+	CMPL AX, 640(SI)
+	SETNE AX
+	ORB AX, BX
+	JNZ bad
+	CHECK(0, Y0)
+	CHECK(1, Y1)
+	CHECK(2, Y2)
+	CHECK(3, Y3)
+	CHECK(4, Y4)
+	CHECK(5, Y5)
+	CHECK(6, Y6)
+	CHECK(7, Y7)
+	CHECK(8, Y8)
+	CHECK(9, Y9)
+	CHECK(10, Y10)
+	CHECK(11, Y11)
+	CHECK(12, Y12)
+	CHECK(13, Y13)
+	CHECK(14, Y14)
+	CHECK(15, Y15)
+	DECQ R12
+	JNZ next
+	JMP end
+
+bad:
+	INCQ R9
+	FLDCW 644(SI)
+	LDMXCSR 640(SI)
+	DECQ R12
+	JNZ load
+
+end:
+	MOVL $0x37f, 648(SI)
+	FLDCW 648(SI)
+	MOVL $0x1f80, 648(SI)
+	LDMXCSR 648(SI)
+	VZEROUPPER
+	MOVQ R9, bad+24(FP)
+	RET
