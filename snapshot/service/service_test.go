@@ -436,6 +436,7 @@ func TestFlood(t *testing.T) {
 	assert.EqualValues(t, n, got+lost)
 	assert.NotZero(t, lost)
 	assert.Equal(t, Stats{Requests: n, Events: n, Lost: lost}, s.Stats())
+	assert.Equal(t, []CarrierStats{{Name: "test", Requests: n, Lost: lost}}, s.Carriers())
 
 	require.NoError(t, s.Close())
 	lines, suppressed := 0, uint64(0)
