@@ -18,6 +18,7 @@ import (
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // tinyText is where tinyKernel's code runs.
@@ -85,7 +86,7 @@ func serve(t testing.TB, g *guest.Guest, cfg service.Config) *service.Service {
 
 // The carriers that need no driver are where a guest looks for them.
 func TestPortsWithoutDriver(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	const memory = 8 << 20
 	poll := writeFile(t, "poll.s", []byte(pollPorts))
 	region := filepath.Join("..", "..", "testdata", "guests", "region.s")
@@ -124,7 +125,7 @@ const pingScript = `printf 'GD\001\002\001\000\000\000\007\000\000\000\000\000\2
 // Linux has the ports, knows of the region and leaves it alone; a program that goes
 // away in the middle of a request harms nobody, and an event waits for a reader.
 func TestGuestPorts(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	g := vmmtest.Start(t, guest.Config{Name: "ports", Ports: true, Memory: 128 << 20})
 	require.NoError(t, g.Ready(g.Within(t)))
 	s := serve(t, g.Guest, service.Config{})
