@@ -173,6 +173,9 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 		}
 		row("completed", "%d system calls, %d instructions", m.Stats.Syscalls, completed)
 	}
+	if r := m.Requests; r != nil {
+		printRequests(row, r)
+	}
 	if g == nil {
 		return tw.Flush()
 	}
@@ -214,6 +217,34 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 		fmt.Fprintf(tw, "\nThe lists are cut at %d entries.\n", proto.MaxList)
 	}
 	return tw.Flush()
+}
+
+// printRequests describes the service behind port A. Every event goes to every
+// carrier, so that those of the ones in use are what matters; the others are in the
+// JSON.
+func printRequests(row func(title, format string, a ...any), r *control.Requests) {
+	said := []string{fmt.Sprint(r.Performed)}
+	for _, c := range []struct {
+		n    uint64
+		what string
+	}{{r.Denied, "denied"}, {r.Refused, "refused as malformed or with an id in use"}, {r.Cut, "cut short"}, {r.Skipped, "bytes of garbage skipped"}} {
+		if c.n > 0 {
+			said = append(said, fmt.Sprintf("%d %s", c.n, c.what))
+		}
+	}
+	row("requests", "%s", strings.Join(said, ", "))
+	if r.Events > 0 {
+		said = []string{fmt.Sprint(r.Events)}
+		for _, c := range r.Carriers {
+			if c.Requests > 0 {
+				said = append(said, fmt.Sprintf("over %s %d wait and %d were lost", c.Name, c.Waiting, c.Lost))
+			}
+		}
+		row("events", "%s", strings.Join(said, ", "))
+	}
+	if left := time.Until(time.Unix(0, r.Marked)); left > 0 {
+		row("time-critical", "for %s: %s", shortDuration(left), orDash(printable(r.Why)))
+	}
 }
 
 // size is n bytes with three digits or so and a unit.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"runtime"
 	"slices"
@@ -223,13 +222,13 @@ func (r *rawPorts) Send(frame []byte) error {
 	select {
 	case r.send <- frame:
 	case <-r.closed:
-		return net.ErrClosed
+		return os.ErrClosed
 	}
 	select {
 	case err := <-r.sent:
 		return err
 	case <-r.done:
-		return net.ErrClosed
+		return os.ErrClosed
 	}
 }
 
@@ -239,7 +238,7 @@ func (r *rawPorts) Read(p []byte) (int, error) {
 		select {
 		case r.rest = <-r.events:
 		case <-r.closed:
-			return 0, net.ErrClosed
+			return 0, os.ErrClosed
 		}
 	}
 	n := copy(p, r.rest)

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -181,7 +180,7 @@ func (r *region) wait(pause *time.Duration, asked <-chan struct{}) error {
 		*pause = pollFirst
 		return nil
 	case <-r.closed:
-		return net.ErrClosed
+		return os.ErrClosed
 	}
 }
 
@@ -189,14 +188,14 @@ func (r *region) wait(pause *time.Duration, asked <-chan struct{}) error {
 // that is killed leaves no half of it.
 func (r *region) Send(frame []byte) error {
 	if !r.enter() {
-		return net.ErrClosed
+		return os.ErrClosed
 	}
 	defer r.users.Done()
 	pause := pollFirst
 	for q := &r.requests; len(frame) > 0; {
 		select {
 		case <-r.closed:
-			return net.ErrClosed
+			return os.ErrClosed
 		default:
 		}
 		head, tail := atomic.LoadUint32(q.head), atomic.LoadUint32(q.tail)
@@ -231,7 +230,7 @@ func (r *region) Send(frame []byte) error {
 // Read implements Carrier.
 func (r *region) Read(p []byte) (int, error) {
 	if !r.enter() {
-		return 0, net.ErrClosed
+		return 0, os.ErrClosed
 	}
 	defer r.users.Done()
 	pause := pollFirst

@@ -1,7 +1,6 @@
 package service
 
 import (
-	"context"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -9,7 +8,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -25,6 +23,7 @@ import (
 	"github.com/gondola-vmm/gondola/snapshot/ports"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/mem"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest"
 )
 
 // assemble gives the bytes of a guest in testdata/guests, loaded at 0x1000.
@@ -52,6 +51,7 @@ func (a attach) Attach(s *vmm.Slots) error { return a(s) }
 // A guest without a kernel sends a ping and gets the event, over either carrier
 // that needs no driver.
 func TestTinyGuests(t *testing.T) {
+	vmmtest.NeedKVM(t)
 	const memory = 4 << 20
 	pair := portpair.New(portpair.Config{GSI: portpair.GSI})
 	place := sharedregion.Place(memory)
@@ -80,9 +80,7 @@ func TestTinyGuests(t *testing.T) {
 			s := New(Config{})
 			defer s.Close()
 			require.NoError(t, tc.a(s))
-			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-			defer cancel()
-			e := vm.Run(ctx)
+			e := vm.Run(vmmtest.Context(t))
 			require.Equal(t, vmm.Exited, e.Reason, "%v", e)
 			assert.EqualValues(t, ports.Done, e.Code)
 			assert.Equal(t, Stats{Requests: 1, Events: 1}, s.Stats())

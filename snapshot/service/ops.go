@@ -3,9 +3,11 @@ package service
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -59,12 +61,19 @@ func (c *Call) Arguments(v any) error {
 
 func ping(context.Context, *Call) (any, error) { return nil, nil }
 
-// HostInfo is the operation host-info; dir is where the machine's states are.
+// HostInfo is the operation host-info; dir is where the machine's states are, or
+// will be: a directory that does not exist yet is made where its parent is.
 func HostInfo(dir string) Op {
 	return func(context.Context, *Call) (any, error) {
 		var fs unix.Statfs_t
-		if err := unix.Statfs(dir, &fs); err != nil {
-			return nil, fmt.Errorf("statfs %s: %w", dir, err)
+		at := dir
+		err := unix.Statfs(at, &fs)
+		for errors.Is(err, unix.ENOENT) && at != filepath.Dir(at) {
+			at = filepath.Dir(at)
+			err = unix.Statfs(at, &fs)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("statfs %s: %w", at, err)
 		}
 		unit := uint64(fs.Frsize)
 		r := HostInfoResult{DiskFree: fs.Bavail * unit, DiskTotal: fs.Blocks * unit, CPUs: runtime.NumCPU()}
