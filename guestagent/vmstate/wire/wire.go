@@ -148,8 +148,13 @@ func Inherit(fd int) (*Server, error) {
 	if v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || v == 0 {
 		return nil, fmt.Errorf("descriptor %d is no listening socket: %w", fd, errors.Join(err, syscall.EINVAL))
 	}
-	unix.CloseOnExec(fd)
+	// The runtime may have put the descriptor itself to use (standard input).
+	fd, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, err
+	}
 	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
 		return nil, err
 	}
 	return &Server{os.NewFile(uintptr(fd), "inherited socket")}, nil
