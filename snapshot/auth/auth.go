@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -62,6 +63,12 @@ func DefaultDir(machine string) (string, error) {
 	if err := checkName("machine", machine); err != nil {
 		return "", err
 	}
+	all, err := allMachines()
+	return filepath.Join(all, machine), err
+}
+
+// allMachines is the directory of DefaultDir's directories.
+func allMachines() (string, error) {
 	state := os.Getenv("XDG_STATE_HOME")
 	if !filepath.IsAbs(state) {
 		home, err := os.UserHomeDir()
@@ -70,7 +77,26 @@ func DefaultDir(machine string) (string, error) {
 		}
 		state = filepath.Join(home, ".local", "state")
 	}
-	return filepath.Join(state, "gondola", "machines", machine), nil
+	return filepath.Join(state, "gondola", "machines"), nil
+}
+
+// Machines are the names of the machines that have a file at DefaultPath, sorted.
+func Machines() ([]string, error) {
+	all, err := allMachines()
+	if err != nil {
+		return nil, err
+	}
+	dirs, err := os.ReadDir(all)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var names []string
+	for _, d := range dirs {
+		if _, err := os.Lstat(Path(filepath.Join(all, d.Name()))); err == nil && checkName("machine", d.Name()) == nil {
+			names = append(names, d.Name())
+		}
+	}
+	return names, nil
 }
 
 // Path is where the principals are in a machine's directory.
