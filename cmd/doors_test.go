@@ -34,7 +34,7 @@ var doors = map[string][]string{
 	"devices":              {"vmm/mem"},
 	"balloon":              {"devices/...", "vmm/mem"},
 	"guestagent/proto":     {},
-	"guestagent":           {"guestagent/..."},
+	"guestagent":           {"guestagent/...", "snapshot/ports"},
 	"snapshot":             {"vmm", "vmm/mem", "guestagent/proto"},
 	"snapshot/auth":        {},
 	"snapshot/ports":       {"guestagent/proto"},

@@ -255,7 +255,7 @@ func (s *Service) work() {
 func (s *Service) perform(j job) {
 	begin := time.Now()
 	e := ports.Event{ID: j.ID, Kind: ports.Done, Op: j.Op, Listener: j.Listener, Data: j.Data}
-	l := line{Carrier: j.carrier, ID: j.ID, Op: j.Op, Principal: j.Principal}
+	l := line{Carrier: j.carrier, ID: j.ID, Op: j.Op, Principal: j.Principal, From: j.From}
 	op, known := s.cfg.Ops[j.Op]
 	if j.Op == OpPing {
 		op, known = ping, true
