@@ -18,7 +18,9 @@ import (
 	"runtime/debug"
 	"strings"
 
+	"github.com/gondola-vmm/gondola/guestagent/helper"
 	"github.com/gondola-vmm/gondola/guestagent/initd"
+	"github.com/gondola-vmm/gondola/guestagent/vmstate/cli"
 )
 
 // version is set by the linker.
@@ -29,6 +31,10 @@ const usage = `usage: gondola-agent COMMAND
   init             be the guest's init (also when started as process 1)
   agent [PORT]     serve the host on a virtio-serial port, as a service;
                    PORT is a port's name (default gondola.agent) or a device
+  helper [OPTIONS] serve programs that save and restore this machine, as a
+                   service; --help tells the options
+  vmstate ...      save and restore this machine, hear what became of it (also
+                   when started under that name); --help tells the commands
   info             print what the agent knows of this system
   version          print the version
 `
@@ -44,6 +50,9 @@ func main() {
 	if os.Getpid() == 1 || name == "init" {
 		initd.Run("gondola-agent " + version)
 	}
+	if name == "vmstate" {
+		os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	}
 	os.Exit(command(os.Args[1:]))
 }
 
@@ -58,6 +67,10 @@ func command(args []string) int {
 			port = args[1]
 		}
 		err = initd.Service(port, "gondola-agent "+version)
+	case len(args) >= 1 && args[0] == "helper":
+		return helper.Main(args[1:], "gondola-agent "+version, os.Stderr)
+	case len(args) >= 1 && args[0] == "vmstate":
+		return cli.Main(args[1:], os.Stdin, os.Stdout, os.Stderr)
 	case len(args) == 1 && args[0] == "info":
 		err = initd.PrintInfo(os.Stdout, "gondola-agent "+version)
 	case len(args) == 1 && args[0] == "version":

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -81,6 +82,7 @@ type (
 		StartMS  uint64 `json:"start_ms"`
 		Affinity []byte `json:"affinity,omitempty"`
 		Kernel   bool   `json:"kernel,omitempty"`
+		User     string `json:"user,omitempty"`
 	}
 	connectionView struct {
 		Protocol string `json:"protocol"`
@@ -94,6 +96,7 @@ type (
 		TxBytes  uint64 `json:"tx_bytes,omitempty"`
 		RxSegs   uint64 `json:"rx_segments,omitempty"`
 		TxSegs   uint64 `json:"tx_segments,omitempty"`
+		Peer     uint64 `json:"peer_inode,omitempty"`
 	}
 )
 
@@ -173,6 +176,9 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 		}
 		row("completed", "%d system calls, %d instructions", m.Stats.Syscalls, completed)
 	}
+	if r := m.Requests; r != nil {
+		printRequests(row, r)
+	}
 	if g == nil {
 		return tw.Flush()
 	}
@@ -183,7 +189,7 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 	if err := tw.Flush(); err != nil {
 		return err
 	}
-	fmt.Fprintln(tw, "\nPID\tPPID\tUID\tSTATE\tCPU\tRSS\tTHREADS\tCOMMAND")
+	fmt.Fprintln(tw, "\nPID\tPPID\tUSER\tSTATE\tCPU\tRSS\tTHREADS\tCOMMAND")
 	for _, p := range g.Processes {
 		if p.Kernel && !all {
 			continue
@@ -192,8 +198,12 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 		if name == "" {
 			name = "[" + p.Name + "]"
 		}
+		user := printable(p.User)
+		if user == "" {
+			user = strconv.Itoa(p.UID)
+		}
 		cpu := time.Duration(p.UserMS+p.SystemMS) * time.Millisecond
-		fmt.Fprintf(tw, "%d\t%d\t%d\t%s\t%.2fs\t%s\t%d\t%s\n", p.PID, p.PPID, p.UID, printable(p.State), cpu.Seconds(), size(p.RSS), p.Threads, shorten(printable(name), 80))
+		fmt.Fprintf(tw, "%d\t%d\t%s\t%s\t%.2fs\t%s\t%d\t%s\n", p.PID, p.PPID, user, printable(p.State), cpu.Seconds(), size(p.RSS), p.Threads, shorten(printable(name), 80))
 	}
 	if err := tw.Flush(); err != nil {
 		return err
@@ -207,13 +217,41 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 			fmt.Fprintln(tw, "\nPROTO\tLOCAL\tREMOTE\tSTATE\tPID\tRECEIVED\tSENT")
 			shown = true
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", printable(c.Protocol), printable(c.Local), orDash(printable(c.Remote)),
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", printable(c.Protocol), orDash(printable(c.Local)), orDash(printable(c.Remote)),
 			orDash(printable(c.State)), c.PID, size(c.RxBytes), size(c.TxBytes))
 	}
 	if g.Truncated {
 		fmt.Fprintf(tw, "\nThe lists are cut at %d entries.\n", proto.MaxList)
 	}
 	return tw.Flush()
+}
+
+// printRequests describes the service behind port A. Every event goes to every
+// carrier, so that those of the ones in use are what matters; the others are in the
+// JSON.
+func printRequests(row func(title, format string, a ...any), r *control.Requests) {
+	said := []string{fmt.Sprint(r.Performed)}
+	for _, c := range []struct {
+		n    uint64
+		what string
+	}{{r.Denied, "denied"}, {r.Refused, "refused as malformed or with an id in use"}, {r.Cut, "cut short"}, {r.Skipped, "bytes of garbage skipped"}} {
+		if c.n > 0 {
+			said = append(said, fmt.Sprintf("%d %s", c.n, c.what))
+		}
+	}
+	row("requests", "%s", strings.Join(said, ", "))
+	if r.Events > 0 {
+		said = []string{fmt.Sprint(r.Events)}
+		for _, c := range r.Carriers {
+			if c.Requests > 0 {
+				said = append(said, fmt.Sprintf("over %s %d wait and %d were lost", c.Name, c.Waiting, c.Lost))
+			}
+		}
+		row("events", "%s", strings.Join(said, ", "))
+	}
+	if left := time.Until(time.Unix(0, r.Marked)); left > 0 {
+		row("time-critical", "for %s: %s", shortDuration(left), orDash(printable(r.Why)))
+	}
 }
 
 // size is n bytes with three digits or so and a unit.

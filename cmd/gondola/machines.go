@@ -166,9 +166,9 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 }
 
 // attach connects the machine when it runs.
-func (p *published) attach(g *guest.Guest) {
+func (p *published) attach(g *guest.Guest, r *requests) {
 	if p != nil {
-		p.server.Attach(controlled{g})
+		p.server.Attach(controlled{g, r})
 	}
 }
 
@@ -183,9 +183,13 @@ func (p *published) Close() {
 }
 
 // controlled is a guest as the control socket's server sees it.
-type controlled struct{ *guest.Guest }
+type controlled struct {
+	*guest.Guest
+	requests *requests
+}
 
 func (c controlled) Pause(ctx context.Context) error { return c.VM().Pause(ctx) }
 func (c controlled) Resume() error                   { return c.VM().Resume() }
 func (c controlled) Stop()                           { c.VM().Stop() }
 func (c controlled) Stats() vmm.Stats                { return c.VM().Stats() }
+func (c controlled) Requests() *control.Requests     { return c.requests.counters() }

@@ -61,6 +61,12 @@ func (*fakeMachine) Pause(context.Context) error { return nil }
 func (*fakeMachine) Resume() error               { return nil }
 func (f *fakeMachine) Stop()                     { f.once.Do(func() { close(f.done) }) }
 func (f *fakeMachine) Done() <-chan struct{}     { return f.done }
+func (*fakeMachine) Requests() *control.Requests {
+	return &control.Requests{
+		Performed: 12, Denied: 3, Events: 12, Marked: time.Now().Add(time.Hour).UnixNano(), Why: "race\x1b[2J",
+		Carriers: []control.Carrier{{Name: "virtio-serial"}, {Name: "region", Requests: 12, Lost: 4, Waiting: 8}},
+	}
+}
 func (*fakeMachine) Stats() vmm.Stats {
 	return vmm.Stats{Exits: map[string]uint64{"KVM_EXIT_IO": 40, "KVM_EXIT_MMIO": 2}}
 }
@@ -195,6 +201,7 @@ func TestPS(t *testing.T) {
 	require.Len(t, list, 3)
 	assert.Equal(t, "beta", list[1]["name"])
 	assert.EqualValues(t, 256<<20, list[1]["memory_bytes"])
+	assert.EqualValues(t, 12, list[1]["requests"].(map[string]any)["performed"])
 	started, err := time.Parse(time.RFC3339, list[1]["started"].(string))
 	require.NoError(t, err)
 	assert.WithinDuration(t, time.Now(), started, time.Minute)
@@ -387,7 +394,7 @@ func TestPauseResumeLogsInfo(t *testing.T) {
 
 	r := gondola(t, "info", "m")
 	require.Zero(t, r.code, r.stderr)
-	for _, want := range []string{`(?m)^machine +m, running`, `(?m)^exits +42$`, `(?m)^agent +test agent$`, `(?m)^memory +\S+ of \S+ available`, `(?m)^PID +PPID`, `(?m)^output +/some/file$`} {
+	for _, want := range []string{`(?m)^machine +m, running`, `(?m)^exits +42$`, `(?m)^requests +12, 3 denied$`, `(?m)^events +12, over region 8 wait and 4 were lost$`, `(?m)^time-critical +for 59m\d+s: race\?\[2J$`, `(?m)^agent +test agent$`, `(?m)^memory +\S+ of \S+ available`, `(?m)^PID +PPID`, `(?m)^output +/some/file$`} {
 		assert.Regexp(t, want, r.stdout)
 	}
 	var both struct {
@@ -400,6 +407,9 @@ func TestPauseResumeLogsInfo(t *testing.T) {
 	}
 	require.NoError(t, json.Unmarshal([]byte(gondola(t, "info", "--json", "m").stdout), &both))
 	assert.Equal(t, "m", both.Machine["name"])
+	requests, _ := both.Machine["requests"].(map[string]any)
+	assert.EqualValues(t, 3, requests["denied"])
+	assert.Len(t, requests["carriers"], 2)
 	assert.Equal(t, "test agent", both.Guest.Agent)
 	assert.NotZero(t, both.Guest.Memory["total_bytes"])
 	assert.NotEmpty(t, both.Guest.Processes)

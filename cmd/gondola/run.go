@@ -35,7 +35,7 @@ type runFlags struct {
 	copies                        []string
 	verbose, quiet                bool
 	noHostCmdline, selfDecompress bool
-	acpi, rng                     bool
+	acpi, rng, noPorts            bool
 	timeout                       time.Duration
 	debug                         []string
 	detach, named                 bool // named: with --name
@@ -65,6 +65,10 @@ A running machine is seen by gondola ps, and used by gondola exec, cp, info, log
 and stop. With -d it goes to the background when its agent answers, and ends with
 COMMAND or, without one, with gondola stop; what it prints is shown by gondola
 logs.
+
+Programs in the guest can ask their machine for something over port A and are told
+on port B (docs/ports.md); what they may have, gondola auth says, and what they
+asked for is in audit.log in $XDG_STATE_HOME/gondola/machines/NAME (or ~/.local/state).
 
 The guest kernel is built on first use (gondola kernel). On a PVM host (see
 gondola doctor) words are added to the kernel's command line; --debug cmdline
@@ -99,6 +103,7 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.BoolVar(&f.selfDecompress, "self-decompress", false, "let a bzImage unpack itself (slow)")
 	fl.BoolVar(&f.acpi, "acpi", false, "announce virtio devices by ACPI, not on the command line")
 	fl.BoolVar(&f.rng, "rng", false, "attach a virtio entropy device")
+	fl.BoolVar(&f.noPorts, "no-ports", false, "no port A and port B: programs in the guest cannot ask the machine for anything")
 	fl.DurationVar(&f.timeout, "timeout", 0, "end the machine after this time, with exit code 124")
 	fl.StringSliceVar(&f.debug, "debug", nil, "at the end, show: "+strings.Join(debugTopics, ", "))
 	choices := func(name string, vs ...string) {
@@ -208,13 +213,21 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer pub.Close()
+	var r *requests
+	if !f.noPorts {
+		r = serveRequests(&cfg)
+		defer r.Close()
+	}
 	g, err := guest.Start(ctx, cfg)
 	if err != nil {
 		return f.cause(ctx, err)
 	}
-	pub.attach(g)
-	err = f.session(ctx, g, cfg, sigs, p, bg)
+	if err = r.attach(g); err == nil {
+		pub.attach(g, r)
+		err = f.session(ctx, g, cfg, sigs, p, bg)
+	}
 	p.done()
+	r.Close() // while what it asks for is still there
 	if cerr := g.Close(); err == nil {
 		err = cerr
 	}

@@ -292,6 +292,8 @@ func (f *testExecFlags) inFresh(ctx context.Context, t testRun, copies []initram
 		return err
 	}
 	defer pub.Close()
+	r := serveRequests(&cfg)
+	defer r.Close()
 	g, err := guest.Start(ctx, cfg)
 	if errors.Is(err, initramfs.ErrDynamic) {
 		// A program in testdata, which need not be one to run.
@@ -302,7 +304,10 @@ func (f *testExecFlags) inFresh(ctx context.Context, t testRun, copies []initram
 		return err
 	}
 	defer g.Close() // nothing of it is wanted
-	pub.attach(g)
+	if err := r.attach(g); err != nil {
+		return err
+	}
+	pub.attach(g, r)
 	if err := g.Ready(ctx); err != nil {
 		return err
 	}

@@ -84,6 +84,7 @@ func (c *Config) Apply(cmdline string) (unknown []string) {
 			c.Port = value
 		case "console":
 			c.Console = value
+		case "region": // the helper's (docs/ports.md)
 		case "poweroff":
 			if good = value == "reset" || value == "poweroff" || value == "halt"; good {
 				c.PowerOff = value

@@ -82,6 +82,7 @@ func Run(software string) {
 		logf("loopback: %v", err)
 	}
 	go d.signals()
+	go d.keepHelper()
 
 	port, err := findPort(d.conf.Port)
 	if err != nil {

@@ -267,6 +267,7 @@ func build(ctx context.Context, o Options) (archive, error) {
 		a.add(file("init", o.Agent, 0o755))
 		a.add(cpio.Symlink("bin/gondola-agent", "/init"))
 	}
+	a.add(cpio.Symlink("bin/vmstate", "gondola-agent"))
 	for name, content := range etc {
 		a.add(file(name, []byte(content), 0o644))
 	}

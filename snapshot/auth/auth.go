@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -55,12 +56,19 @@ func (p Principal) May(op string) bool {
 	return slices.Contains(p.Allow, op) || slices.Contains(p.Allow, All)
 }
 
-// DefaultPath is a machine's file: gondola/machines/NAME/auth.json in
-// $XDG_STATE_HOME or ~/.local/state. ErrInvalid for a name that is no directory's.
-func DefaultPath(machine string) (string, error) {
+// DefaultDir is the directory of what is kept for a machine whether or not it runs:
+// gondola/machines/NAME in $XDG_STATE_HOME or ~/.local/state. ErrInvalid for a name
+// that is no directory's.
+func DefaultDir(machine string) (string, error) {
 	if err := checkName("machine", machine); err != nil {
 		return "", err
 	}
+	all, err := allMachines()
+	return filepath.Join(all, machine), err
+}
+
+// allMachines is the directory of DefaultDir's directories.
+func allMachines() (string, error) {
 	state := os.Getenv("XDG_STATE_HOME")
 	if !filepath.IsAbs(state) {
 		home, err := os.UserHomeDir()
@@ -69,7 +77,38 @@ func DefaultPath(machine string) (string, error) {
 		}
 		state = filepath.Join(home, ".local", "state")
 	}
-	return filepath.Join(state, "gondola", "machines", machine, "auth.json"), nil
+	return filepath.Join(state, "gondola", "machines"), nil
+}
+
+// Machines are the names of the machines that have a file at DefaultPath, sorted.
+func Machines() ([]string, error) {
+	all, err := allMachines()
+	if err != nil {
+		return nil, err
+	}
+	dirs, err := os.ReadDir(all)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var names []string
+	for _, d := range dirs {
+		if _, err := os.Lstat(Path(filepath.Join(all, d.Name()))); err == nil && checkName("machine", d.Name()) == nil {
+			names = append(names, d.Name())
+		}
+	}
+	return names, nil
+}
+
+// Path is where the principals are in a machine's directory.
+func Path(dir string) string { return filepath.Join(dir, "auth.json") }
+
+// DefaultPath is Path in DefaultDir.
+func DefaultPath(machine string) (string, error) {
+	dir, err := DefaultDir(machine)
+	if err != nil {
+		return "", err
+	}
+	return Path(dir), nil
 }
 
 // Store is a machine's principals. Its methods may be called from any goroutine,
@@ -113,16 +152,9 @@ func (s *Store) Add(name, secret string, allow []string) (string, error) {
 	if err := checkName("principal", name); err != nil {
 		return "", err
 	}
-	allow = slices.Clone(allow)
-	slices.Sort(allow)
-	allow = slices.Compact(allow)
-	if len(allow) == 0 || len(allow) > MaxRights {
-		return "", fmt.Errorf("%w: %d rights; give 1 to %d operations, or %s", ErrInvalid, len(allow), MaxRights, All)
-	}
-	for _, op := range allow {
-		if err := checkName("right", op); op != All && err != nil {
-			return "", err
-		}
+	allow, err := rights(allow)
+	if err != nil {
+		return "", err
 	}
 	if secret == "" {
 		secret = rand.Text()
@@ -142,6 +174,40 @@ func (s *Store) Add(name, secret string, allow []string) (string, error) {
 			return nil, fmt.Errorf("%w: there are %d already, which is the limit", ErrInvalid, len(es))
 		}
 		return append(es, e), nil
+	})
+}
+
+// rights are sorted and without repetitions.
+func rights(allow []string) ([]string, error) {
+	allow = slices.Clone(allow)
+	slices.Sort(allow)
+	allow = slices.Compact(allow)
+	if len(allow) == 0 || len(allow) > MaxRights {
+		return nil, fmt.Errorf("%w: %d rights; give 1 to %d operations, or %s", ErrInvalid, len(allow), MaxRights, All)
+	}
+	for _, op := range allow {
+		if err := checkName("right", op); op != All && err != nil {
+			return nil, err
+		}
+	}
+	return allow, nil
+}
+
+// Allow gives a principal other rights; its secret stays. It fails with ErrInvalid,
+// ErrNotFound, ErrFile or the system's error; then nothing has changed.
+func (s *Store) Allow(name string, allow []string) error {
+	allow, err := rights(allow)
+	if err != nil {
+		return err
+	}
+	e := entry{Principal: Principal{Name: name}}
+	return s.change(func(es []entry) ([]entry, error) {
+		i := slices.IndexFunc(es, e.same)
+		if i < 0 {
+			return nil, fmt.Errorf("%w: %s", ErrNotFound, name)
+		}
+		es[i].Allow = allow
+		return es, nil
 	})
 }
 

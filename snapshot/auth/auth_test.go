@@ -278,6 +278,48 @@ func TestDefaultPath(t *testing.T) {
 	}
 }
 
+func TestMachines(t *testing.T) {
+	t.Setenv("XDG_STATE_HOME", t.TempDir())
+	names, err := Machines()
+	require.NoError(t, err)
+	assert.Empty(t, names)
+	for _, name := range []string{"b", "a"} {
+		path, err := DefaultPath(name)
+		require.NoError(t, err)
+		_, err = open(path).Add("p", "", []string{All})
+		require.NoError(t, err)
+	}
+	dir, err := DefaultDir("no-principals")
+	require.NoError(t, err)
+	require.NoError(t, os.Mkdir(dir, 0o700))
+	names, err = Machines()
+	require.NoError(t, err)
+	assert.Equal(t, []string{"a", "b"}, names)
+}
+
+// Rights change and the secret stays; another process sees it.
+func TestAllow(t *testing.T) {
+	s := newStore(t)
+	secret, err := s.Add("a", "", []string{"save"})
+	require.NoError(t, err)
+	running := open(s.path)
+	p, err := running.Verify("a", secret)
+	require.NoError(t, err)
+	assert.False(t, p.May("list"))
+	require.NoError(t, s.Allow("a", []string{"list", "list", "mark"}))
+	p, err = running.Verify("a", secret)
+	require.NoError(t, err)
+	assert.Equal(t, []string{"list", "mark"}, p.Allow)
+	assert.False(t, p.May("save"))
+	assert.ErrorIs(t, s.Allow("b", []string{"list"}), ErrNotFound)
+	for _, bad := range [][]string{nil, {""}, {"/"}, make([]string, MaxRights+1)} {
+		assert.ErrorIs(t, s.Allow("a", bad), ErrInvalid, "%q", bad)
+	}
+	ps, err := s.List()
+	require.NoError(t, err)
+	assert.Equal(t, []Principal{p}, ps, "unchanged by what failed")
+}
+
 func TestHash(t *testing.T) {
 	h := newHash("secret", Params{Memory: 16, Time: 2, Lanes: 2})
 	got, err := parseHash(h.String())

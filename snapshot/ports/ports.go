@@ -26,6 +26,7 @@ const (
 	MaxListener  = 255
 	MaxArgs      = 16 << 10
 	MaxData      = 32 << 10
+	MaxFrom      = 128
 )
 
 // ErrMessage: a frame is not a message of port A or B, or a message is beyond its
@@ -51,6 +52,9 @@ type Request struct {
 	Data     []byte `cbor:"6,keyasint,omitempty"`
 	// Notify asks for an Accepted event before the operation begins.
 	Notify bool `cbor:"7,keyasint,omitempty"`
+	// From says who in the guest asked, for the audit log. Only the guest's
+	// kernel vouches for it, so that it gives no right.
+	From string `cbor:"8,keyasint,omitempty"`
 }
 
 // check holds r to the limits.
@@ -65,6 +69,7 @@ func (r *Request) check() error {
 		{"secret", len(r.Secret), MaxSecret},
 		{"listener", len(r.Listener), MaxListener},
 		{"data", len(r.Data), MaxData},
+		{"from", len(r.From), MaxFrom},
 	} {
 		if f.n > f.max {
 			return fmt.Errorf("%w: %s of %d bytes, at most %d", ErrMessage, f.name, f.n, f.max)

@@ -22,6 +22,7 @@ type line struct {
 	ID         uint32    `json:"id"`
 	Op         string    `json:"op"`
 	Principal  string    `json:"principal,omitempty"`
+	From       string    `json:"from,omitempty"` // as the guest says
 	Outcome    string    `json:"outcome"`
 	Code       uint32    `json:"code,omitempty"`
 	Reason     string    `json:"reason,omitempty"`

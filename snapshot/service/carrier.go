@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
@@ -24,6 +25,8 @@ type carrier struct {
 	cancel context.CancelFunc
 	out    *outbox
 	once   sync.Once
+
+	requests, lost atomic.Uint64
 }
 
 // Attach begins to serve a carrier: requests are read from a and events written to
@@ -168,7 +171,7 @@ func (s *Service) send(c *carrier) {
 				return
 			}
 			c.out.missed(1)
-			s.lost.Add(1)
+			s.drop(c, 1)
 		}
 	}
 }
@@ -246,6 +249,13 @@ func (o *outbox) next() (frame []byte, lost uint64, ok bool) {
 	}
 	lost, o.lost = o.lost, 0
 	return o.pop(), lost, true
+}
+
+// waiting is how many frames are queued.
+func (o *outbox) waiting() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.frames)
 }
 
 // missed counts events that could not be written.

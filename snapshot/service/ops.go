@@ -3,9 +3,11 @@ package service
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -20,10 +22,19 @@ import (
 
 // Names of the operations.
 const (
-	OpPing     = "ping"
-	OpHostInfo = "host-info"
-	OpList     = "list"
-	OpMark     = "mark"
+	OpPing     = ports.OpPing
+	OpHostInfo = ports.OpHostInfo
+	OpList     = ports.OpList
+	OpMark     = ports.OpMark
+)
+
+// What the operations take and give is package ports', which guests use as well.
+type (
+	HostInfoResult = ports.HostInfo
+	State          = ports.State
+	ListResult     = ports.ListResult
+	MarkRequest    = ports.MarkRequest
+	MarkResult     = ports.MarkResult
 )
 
 // Op performs an operation. The result goes to the guest with the Done event, as
@@ -50,22 +61,19 @@ func (c *Call) Arguments(v any) error {
 
 func ping(context.Context, *Call) (any, error) { return nil, nil }
 
-// HostInfoResult is what the host has left (S5.6).
-type HostInfoResult struct {
-	DiskFree  uint64     `cbor:"1,keyasint"` // bytes where states are stored, free for the machine
-	DiskTotal uint64     `cbor:"2,keyasint"`
-	MemFree   uint64     `cbor:"3,keyasint"` // bytes that can be had without swapping
-	MemTotal  uint64     `cbor:"4,keyasint"`
-	Load      [3]float64 `cbor:"5,keyasint"` // of the last 1, 5 and 15 minutes
-	CPUs      int        `cbor:"6,keyasint"` // processors that the machine may use
-}
-
-// HostInfo is the operation host-info; dir is where the machine's states are.
+// HostInfo is the operation host-info; dir is where the machine's states are, or
+// will be: a directory that does not exist yet is made where its parent is.
 func HostInfo(dir string) Op {
 	return func(context.Context, *Call) (any, error) {
 		var fs unix.Statfs_t
-		if err := unix.Statfs(dir, &fs); err != nil {
-			return nil, fmt.Errorf("statfs %s: %w", dir, err)
+		at := dir
+		err := unix.Statfs(at, &fs)
+		for errors.Is(err, unix.ENOENT) && at != filepath.Dir(at) {
+			at = filepath.Dir(at)
+			err = unix.Statfs(at, &fs)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("statfs %s: %w", at, err)
 		}
 		unit := uint64(fs.Frsize)
 		r := HostInfoResult{DiskFree: fs.Bavail * unit, DiskTotal: fs.Blocks * unit, CPUs: runtime.NumCPU()}
@@ -109,24 +117,9 @@ func parseMeminfo(r io.Reader) (total, available uint64, err error) {
 	return total, available, s.Err()
 }
 
-// State describes a saved state of the machine (S5.9).
-type State struct {
-	Name        string   `cbor:"1,keyasint"`
-	Parent      string   `cbor:"2,keyasint,omitempty"`
-	Description string   `cbor:"3,keyasint,omitempty"`
-	Tags        []string `cbor:"4,keyasint,omitempty"`
-	UnixMilli   int64    `cbor:"5,keyasint,omitempty"` // when it was saved, on the host's clock
-	Bytes       uint64   `cbor:"6,keyasint,omitempty"` // on disk, without its parents
-}
-
 // Lister knows the machine's saved states, and no other machine's (S5.7).
 type Lister interface {
 	List(ctx context.Context) ([]State, error)
-}
-
-// ListResult is the result of list.
-type ListResult struct {
-	States []State `cbor:"1,keyasint"`
 }
 
 // List is the operation list; nil is a machine without states.
@@ -155,17 +148,6 @@ type Mark struct {
 // Marker takes marks, and decides for how long they count.
 type Marker interface {
 	Mark(ctx context.Context, m Mark) (granted time.Duration, err error)
-}
-
-// MarkRequest is the argument of mark.
-type MarkRequest struct {
-	Millis uint64 `cbor:"1,keyasint"` // 0: no more
-	Why    string `cbor:"2,keyasint,omitempty"`
-}
-
-// MarkResult is the result of mark.
-type MarkResult struct {
-	Millis uint64 `cbor:"1,keyasint"` // granted
 }
 
 // maxMark bounds what is asked for before a Marker sees it.

@@ -3,6 +3,8 @@ package service
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -41,7 +43,12 @@ func TestHostInfo(t *testing.T) {
 	assert.NotZero(t, r.MemFree)
 	assert.Greater(t, r.MemTotal, r.MemFree)
 	assert.NotZero(t, r.CPUs)
-	assert.Error(t, call(t, HostInfo("/no/such/directory"), nil, &r))
+	file := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	assert.Error(t, call(t, HostInfo(filepath.Join(file, "states")), nil, &r))
+	var parent HostInfoResult
+	require.NoError(t, call(t, HostInfo(filepath.Join(filepath.Dir(file), "not", "yet")), nil, &parent))
+	assert.Equal(t, r.DiskTotal, parent.DiskTotal)
 
 	total, free, err := parseMeminfo(strings.NewReader("MemTotal:  8 kB\nMemFree: 1 kB\nMemAvailable:\t3 kB\n"))
 	require.NoError(t, err)

@@ -157,6 +157,32 @@ func (s *Service) Stats() Stats {
 	}
 }
 
+// CarrierStats count on one carrier since it was attached. Every event goes to every
+// carrier: on those that the guest does not use, events wait and are then lost.
+type CarrierStats struct {
+	Name     string
+	Requests uint64 // arrived whole and well-formed
+	Waiting  int    // events that the guest has not read
+	Lost     uint64 // events
+}
+
+// Carriers returns the counters of the carriers that are attached, in that order.
+func (s *Service) Carriers() []CarrierStats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	stats := make([]CarrierStats, 0, len(s.carriers))
+	for _, c := range s.carriers {
+		stats = append(stats, CarrierStats{Name: c.name, Requests: c.requests.Load(), Waiting: c.out.waiting(), Lost: c.lost.Load()})
+	}
+	return stats
+}
+
+// drop counts events that a carrier lost.
+func (s *Service) drop(c *carrier, n uint64) {
+	s.lost.Add(n)
+	c.lost.Add(n)
+}
+
 // Emit raises an event on all carriers and gives it its number. It never waits.
 // After a restore it is how the restored guest is told, which made no request
 // (S5.3). It fails with ErrClosed, or with ports.ErrMessage if the event is too
@@ -174,7 +200,7 @@ func (s *Service) Emit(e ports.Event) error {
 	}
 	s.seq++
 	for _, c := range s.carriers {
-		s.lost.Add(c.out.put(frame))
+		s.drop(c, c.out.put(frame))
 	}
 	return nil
 }
@@ -197,6 +223,7 @@ func (s *Service) arrive(c *carrier, f proto.Frame) bool {
 		s.finish(ports.Event{ID: f.ID, Kind: ports.Failed, Op: r.Op}, err, line{Carrier: c.name, ID: f.ID, Op: r.Op})
 		return true
 	}
+	c.requests.Add(1)
 	select {
 	case s.queue <- job{r, c.name}:
 		return true
@@ -228,7 +255,7 @@ func (s *Service) work() {
 func (s *Service) perform(j job) {
 	begin := time.Now()
 	e := ports.Event{ID: j.ID, Kind: ports.Done, Op: j.Op, Listener: j.Listener, Data: j.Data}
-	l := line{Carrier: j.carrier, ID: j.ID, Op: j.Op, Principal: j.Principal}
+	l := line{Carrier: j.carrier, ID: j.ID, Op: j.Op, Principal: j.Principal, From: j.From}
 	op, known := s.cfg.Ops[j.Op]
 	if j.Op == OpPing {
 		op, known = ping, true

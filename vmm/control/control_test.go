@@ -73,6 +73,9 @@ func (f *fake) Stats() vmm.Stats {
 	return vmm.Stats{Exits: map[string]uint64{"KVM_EXIT_IO": 3}}
 }
 func (f *fake) Done() <-chan struct{} { return f.done }
+func (f *fake) Requests() *Requests {
+	return &Requests{Performed: 9, Denied: 2, Carriers: []Carrier{{Name: "region", Requests: 9, Lost: 1}}}
+}
 
 // newFake returns a machine, with an agent or, if cfg is nil, one that is not there.
 func newFake(t testing.TB, cfg *agent.Config) *fake {
@@ -303,7 +306,7 @@ func TestMachineOperations(t *testing.T) {
 	info.Started = 0
 	assert.Equal(t, Info{
 		Name: "m", PID: os.Getpid(), State: StateRunning, VCPUs: 2, Memory: 1 << 30, Host: "pvm", Command: []string{"a", "b"},
-		Clients: 1, Stats: vmm.Stats{Exits: map[string]uint64{"KVM_EXIT_IO": 3}},
+		Clients: 1, Stats: vmm.Stats{Exits: map[string]uint64{"KVM_EXIT_IO": 3}}, Requests: f.Requests(),
 	}, info)
 
 	state := func() string {

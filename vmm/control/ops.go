@@ -49,6 +49,30 @@ type Info struct {
 	Output  string    `cbor:"10,keyasint,omitempty" json:"output,omitempty"` // the file with a detached machine's output
 	Clients int       `cbor:"11,keyasint" json:"clients"`                    // of the control socket, with the one who asks
 	Stats   vmm.Stats `cbor:"12,keyasint" json:"stats"`                      // since the start
+	// Requests are the guest's over port A; nil: nobody takes them.
+	Requests *Requests `cbor:"13,keyasint,omitempty" json:"requests,omitempty"`
+}
+
+// Requests count what a guest asked of its monitor over port A, and what it was told
+// over port B, since the start (docs/ports.md).
+type Requests struct {
+	Performed uint64    `cbor:"1,keyasint" json:"performed"`                           // done, denied or failed
+	Denied    uint64    `cbor:"2,keyasint" json:"denied"`                              // of these
+	Refused   uint64    `cbor:"3,keyasint" json:"refused"`                             // frames that are no request, and ids in use
+	Skipped   uint64    `cbor:"4,keyasint" json:"skipped_bytes"`                       // that belonged to no frame
+	Cut       uint64    `cbor:"5,keyasint" json:"cut"`                                 // frames that ended early
+	Events    uint64    `cbor:"6,keyasint" json:"events"`                              // raised
+	Carriers  []Carrier `cbor:"7,keyasint,omitempty" json:"carriers"`                  // each gets every event
+	Marked    int64     `cbor:"8,keyasint,omitempty" json:"marked_until_ns,omitempty"` // UNIX nanoseconds: the guest marked itself time-critical until then
+	Why       string    `cbor:"9,keyasint,omitempty" json:"marked_because,omitempty"`  // the guest's words
+}
+
+// Carrier is one way that requests and events take.
+type Carrier struct {
+	Name     string `cbor:"1,keyasint" json:"name"`
+	Requests uint64 `cbor:"2,keyasint" json:"requests"`
+	Waiting  int    `cbor:"3,keyasint" json:"events_waiting"` // that the guest has not read
+	Lost     uint64 `cbor:"4,keyasint" json:"events_lost"`    // because it did not read
 }
 
 // StopRequest ends a machine: the guest is asked to power off, and if it has not

@@ -29,6 +29,8 @@ type Machine interface {
 	// Stop ends the machine at once, without waiting for it.
 	Stop()
 	Stats() vmm.Stats
+	// Requests describes the service behind port A; nil if there is none.
+	Requests() *Requests
 	// Done is closed when the machine has ended.
 	Done() <-chan struct{}
 }
@@ -291,7 +293,7 @@ func (s *Server) info(*proto.Call, *struct{}) (any, error) {
 	info.State = StateStarting
 	select {
 	case <-s.attached:
-		info.Stats = s.machine.Stats()
+		info.Stats, info.Requests = s.machine.Stats(), s.machine.Requests()
 		info.State = s.state(paused)
 	default:
 	}

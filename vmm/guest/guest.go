@@ -9,6 +9,7 @@
 package guest
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -33,8 +34,13 @@ import (
 	"github.com/gondola-vmm/gondola/vmm"
 )
 
-// AgentPort is the virtio-serial port between agent and host.
-const AgentPort = "gondola.agent"
+// Names of virtio-serial ports: the one between agent and host, and port A and
+// port B.
+const (
+	AgentPort = "gondola.agent"
+	PortA     = "gondola.a"
+	PortB     = "gondola.b"
+)
 
 // Console is the guest's interactive console.
 type Console int
@@ -105,6 +111,9 @@ type Config struct {
 	// RNG attaches a virtio entropy device. The guest's random generator is
 	// seeded by the agent in any case.
 	RNG bool
+	// Ports gives the guest port A and port B (docs/ports.md) on all carriers.
+	// Somebody has to serve them: see Guest.Carriers.
+	Ports bool
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
 	// Agent is the content of the agent's binary; nil: package agentbin finds
@@ -133,6 +142,8 @@ type Guest struct {
 	con    *console.Device
 	hvc    *console.Port
 	serial *vmm.Serial
+	ports  []portDevice
+	lines  []Carrier
 	log    *consoleLog
 	times  Times
 	hello  proto.Hello
@@ -178,8 +189,17 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	g.times.Files = time.Since(begin)
 
 	begin = time.Now()
+	names, place := []string{AgentPort}, []vmm.Reserved(nil)
+	if cfg.Ports {
+		names = append(names, PortA, PortB)
+		var reserved vmm.Reserved
+		if g.ports, reserved, err = newPorts(cmp.Or(cfg.Memory, vmm.DefaultMemory)); err != nil {
+			return nil, err
+		}
+		place = append(place, reserved)
+	}
 	g.con, err = console.New(console.Config{
-		Console: cfg.Console == VirtioConsole, Ports: []string{AgentPort}, Rows: cfg.Rows, Cols: cfg.Cols,
+		Console: cfg.Console == VirtioConsole, Ports: names, Rows: cfg.Rows, Cols: cfg.Cols,
 	})
 	if err != nil {
 		return nil, err
@@ -193,7 +213,11 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 		}
 	}
 	g.serial = &vmm.Serial{Output: g.log}
-	devices := []vmm.Device{g.serial, vmm.Virtio{Name: "virtio console", Device: g.con}}
+	devices := []vmm.Device{g.serial}
+	for _, p := range g.ports { // before those that take any interrupt
+		devices = append(devices, p)
+	}
+	devices = append(devices, vmm.Virtio{Name: "virtio console", Device: g.con})
 	if cfg.RNG {
 		devices = append(devices, vmm.Virtio{Name: "virtio rng", Device: rng.New(rng.Config{})})
 	}
@@ -202,7 +226,7 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	boot := firmware.Linux{
 		Seed:           seed,
 		Kernel:         firmware.File(kernel),
-		Cmdline:        cfg.cmdline(),
+		Cmdline:        cfg.cmdline(g.ports),
 		SelfDecompress: cfg.SelfDecompress,
 	}
 	if initrd != NoInitrd {
@@ -214,6 +238,7 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	g.vm, err = vmm.New(vmm.Config{
 		Name: cfg.Name, VCPUs: cfg.VCPUs, Memory: cfg.Memory, Boot: boot,
 		Devices: slices.Concat(devices, cfg.Devices), NoHostCmdline: cfg.NoHostCmdline,
+		Reserved: place,
 	})
 	if err != nil {
 		return nil, err
@@ -295,7 +320,7 @@ func (c Config) initramfs(ctx context.Context, ownKernel bool, progress func(str
 }
 
 // cmdline is what gondola itself wants of the kernel, then the user's words.
-func (c Config) cmdline() string {
+func (c Config) cmdline(ports []portDevice) string {
 	words := []string{"console=ttyS0"}
 	if c.Console == VirtioConsole {
 		words = append(words, "console=hvc0")
@@ -304,6 +329,11 @@ func (c Config) cmdline() string {
 		words = append(words, "quiet")
 	}
 	words = append(words, "reboot=k", "panic=-1", "8250.nr_uarts=1", "rootfstype=ramfs")
+	for _, p := range ports {
+		if p.word != "" {
+			words = append(words, p.word)
+		}
+	}
 	if c.Cmdline != "" {
 		words = append(words, c.Cmdline)
 	}
@@ -319,6 +349,11 @@ func (g *Guest) connect(cfg Config) error {
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
 	g.agent = guestagent.NewClient(port, guestagent.Options{Hello: proto.Hello{UnixNano: time.Now().UnixNano(), Seed: seed}})
+	if cfg.Ports {
+		if err := g.openPorts(); err != nil {
+			return err
+		}
+	}
 	if cfg.Console != VirtioConsole {
 		return nil
 	}
@@ -372,6 +407,11 @@ func (g *Guest) Ready(ctx context.Context) error {
 
 // Agent is the client of the guest's agent.
 func (g *Guest) Agent() *guestagent.Client { return g.agent }
+
+// Carriers are the host's ends of port A and port B, if Config.Ports is set: for
+// package snapshot/service. They end with the machine. Without a reader, a guest
+// that asks for something finds port A busy.
+func (g *Guest) Carriers() []Carrier { return g.lines }
 
 // VM is the machine.
 func (g *Guest) VM() *vmm.VM { return g.vm }
