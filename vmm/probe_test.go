@@ -5,10 +5,13 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // The probe tells a kind of host, and its steps agree with it.
 func TestProbe(t *testing.T) {
+	needkvm.Test(t)
 	r, err := Probe()
 	require.NoError(t, err)
 	require.NotEmpty(t, r.Steps)

@@ -17,6 +17,7 @@ import (
 	"github.com/gondola-vmm/gondola/firmware"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/mem"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // watchdog is far longer than anything here takes; it only turns a hang into a
@@ -55,6 +56,7 @@ func newVM(t testing.TB, cfg vmm.Config) *vmm.VM {
 	if cfg.Memory == 0 {
 		cfg.Memory = 4 << 20
 	}
+	needkvm.Test(t)
 	vm, err := vmm.New(cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, vm.Close()) })
@@ -264,6 +266,7 @@ func TestMethodsRace(t *testing.T) {
 }
 
 func TestBadConfig(t *testing.T) {
+	needkvm.Test(t)
 	port := func(base uint16, size int) vmm.Device {
 		return vmm.Ports{Name: "mine", Base: base, Size: size, Handler: handler{}}
 	}
@@ -292,9 +295,10 @@ func TestBadConfig(t *testing.T) {
 				tc.cfg.Memory = 4 << 20
 			}
 			vm, err := vmm.New(tc.cfg)
-			if !assert.ErrorIs(t, err, vmm.ErrConfig) {
+			if err == nil {
 				vm.Close()
 			}
+			assert.ErrorIs(t, err, vmm.ErrConfig)
 			for _, s := range tc.says {
 				assert.ErrorContains(t, err, s)
 			}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -81,6 +82,7 @@ type (
 		StartMS  uint64 `json:"start_ms"`
 		Affinity []byte `json:"affinity,omitempty"`
 		Kernel   bool   `json:"kernel,omitempty"`
+		User     string `json:"user,omitempty"`
 	}
 	connectionView struct {
 		Protocol string `json:"protocol"`
@@ -94,6 +96,7 @@ type (
 		TxBytes  uint64 `json:"tx_bytes,omitempty"`
 		RxSegs   uint64 `json:"rx_segments,omitempty"`
 		TxSegs   uint64 `json:"tx_segments,omitempty"`
+		Peer     uint64 `json:"peer_inode,omitempty"`
 	}
 )
 
@@ -186,7 +189,7 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 	if err := tw.Flush(); err != nil {
 		return err
 	}
-	fmt.Fprintln(tw, "\nPID\tPPID\tUID\tSTATE\tCPU\tRSS\tTHREADS\tCOMMAND")
+	fmt.Fprintln(tw, "\nPID\tPPID\tUSER\tSTATE\tCPU\tRSS\tTHREADS\tCOMMAND")
 	for _, p := range g.Processes {
 		if p.Kernel && !all {
 			continue
@@ -195,8 +198,12 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 		if name == "" {
 			name = "[" + p.Name + "]"
 		}
+		user := printable(p.User)
+		if user == "" {
+			user = strconv.Itoa(p.UID)
+		}
 		cpu := time.Duration(p.UserMS+p.SystemMS) * time.Millisecond
-		fmt.Fprintf(tw, "%d\t%d\t%d\t%s\t%.2fs\t%s\t%d\t%s\n", p.PID, p.PPID, p.UID, printable(p.State), cpu.Seconds(), size(p.RSS), p.Threads, shorten(printable(name), 80))
+		fmt.Fprintf(tw, "%d\t%d\t%s\t%s\t%.2fs\t%s\t%d\t%s\n", p.PID, p.PPID, user, printable(p.State), cpu.Seconds(), size(p.RSS), p.Threads, shorten(printable(name), 80))
 	}
 	if err := tw.Flush(); err != nil {
 		return err
@@ -210,7 +217,7 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 			fmt.Fprintln(tw, "\nPROTO\tLOCAL\tREMOTE\tSTATE\tPID\tRECEIVED\tSENT")
 			shown = true
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", printable(c.Protocol), printable(c.Local), orDash(printable(c.Remote)),
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", printable(c.Protocol), orDash(printable(c.Local)), orDash(printable(c.Remote)),
 			orDash(printable(c.State)), c.PID, size(c.RxBytes), size(c.TxBytes))
 	}
 	if g.Truncated {

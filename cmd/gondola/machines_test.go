@@ -25,6 +25,7 @@ import (
 	"github.com/gondola-vmm/gondola/guestagent/agent"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/control"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // The test binary is a process that holds a machine's name and answers nobody when
@@ -505,7 +506,7 @@ func TestForPeople(t *testing.T) {
 
 // A machine that cannot start in the background says why and leaves nothing.
 func TestDetachFails(t *testing.T) {
-	needKVM(t)
+	needkvm.Test(t)
 	home := testHome(t)
 	garbage := filepath.Join(t.TempDir(), "garbage")
 	require.NoError(t, os.WriteFile(garbage, bytes.Repeat([]byte("no kernel"), 1000), 0o600))

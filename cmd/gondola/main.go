@@ -75,7 +75,7 @@ signal N; otherwise the guest command's own.`,
 		SilenceUsage:  true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), versionCommand(),
+	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), userlandCommand(), versionCommand(),
 		psCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), pauseCommand(), resumeCommand(),
 		authCommand(),
 		testExecCommand())

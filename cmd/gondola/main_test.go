@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/gondola-vmm/gondola/vmm"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // The test binary is gondola when this is set, so that exit codes, standard
@@ -42,13 +43,6 @@ func gondola(t *testing.T, args ...string) result {
 		require.NoError(t, err)
 	}
 	return result{cmd.ProcessState.ExitCode(), out.String(), errOut.String()}
-}
-
-func needKVM(t *testing.T) {
-	t.Helper()
-	if os.Getenv("GONDOLA_NO_KVM") == "1" {
-		t.Skip("GONDOLA_NO_KVM=1")
-	}
 }
 
 func TestUsage(t *testing.T) {
@@ -81,7 +75,7 @@ func TestUsage(t *testing.T) {
 
 // What cannot be booted is refused at once, with what, why and what to do.
 func TestRunRefuses(t *testing.T) {
-	needKVM(t)
+	needkvm.Test(t)
 	dir := t.TempDir()
 	file := func(name, content string) string {
 		p := filepath.Join(dir, name)
@@ -111,7 +105,7 @@ func TestRunRefuses(t *testing.T) {
 }
 
 func TestDoctor(t *testing.T) {
-	needKVM(t)
+	needkvm.Test(t)
 	r := gondola(t, "doctor", "--json")
 	var d diagnosis
 	require.NoError(t, json.Unmarshal([]byte(r.stdout), &d), r.stdout)

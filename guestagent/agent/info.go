@@ -30,11 +30,13 @@ func (a *Agent) info(c *proto.Call, req *proto.InfoRequest) (any, error) {
 		}
 		if req.Processes {
 			n := 0
+			users := readUserNames()
 			for _, pid := range pids {
 				p, ok := readProcess(pid)
 				if !ok {
 					continue // it has ended
 				}
+				p.User = users[p.UID]
 				if n++; n > proto.MaxList {
 					info.Truncated = true
 					break
@@ -193,6 +195,23 @@ func readProcess(pid int) (p proto.Process, ok bool) {
 		p.Affinity = affinity(&mask)
 	}
 	return p, true
+}
+
+// userNames are the names of users by number.
+type userNames map[int]string
+
+// readUserNames reads /etc/passwd; of two names of a number the first counts.
+func readUserNames() userNames {
+	u := userNames{}
+	scanColons("/etc/passwd", func(f []string) bool {
+		if len(f) >= 3 && f[0] != "" {
+			if uid, err := strconv.Atoi(f[2]); err == nil && u[uid] == "" && len(u) < proto.MaxList {
+				u[uid] = strings.ToValidUTF8(f[0], "\uFFFD")
+			}
+		}
+		return false
+	})
+	return u
 }
 
 // parseStat reads proc(5) stat. The name may hold anything, blanks and

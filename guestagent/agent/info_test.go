@@ -5,6 +5,8 @@ package agent
 import (
 	"encoding/binary"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -142,6 +144,121 @@ func TestDiagAgreesWithProcNet(t *testing.T) {
 	}
 	assert.True(t, byDiag[l.Addr().String()])
 	assert.Equal(t, "LISTEN", byProc[l.Addr().String()])
+}
+
+// unixDiagDump is a sock_diag answer with a listening socket and one that is
+// connected to it.
+func unixDiagDump() []byte {
+	msg := func(state byte, inode uint32, attrs ...[]byte) []byte {
+		b := binary.NativeEndian.AppendUint32([]byte{unix.AF_UNIX, unix.SOCK_STREAM, state, 0}, inode)
+		b = append(b, make([]byte, 8)...)
+		for _, a := range attrs {
+			b = append(b, a...)
+		}
+		return netlink(sockDiagByFamily, b)
+	}
+	word := func(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
+	b := msg(10, 5, attr(unixAttrName, []byte("/run/x\x00")), attr(unixAttrUID, word(1000)))
+	b = append(b, msg(1, 6, attr(unixAttrPeer, word(7)))...)
+	b = append(b, msg(1, 7, attr(unixAttrName, []byte("\x00abs\x00\xff")), attr(unixAttrPeer, word(6)))...)
+	return append(b, netlink(unix.NLMSG_DONE, make([]byte, 4))...)
+}
+
+func TestParseUnixDiag(t *testing.T) {
+	var conns []proto.Connection
+	done, err := parseUnixDiag(unixDiagDump(), &conns)
+	require.NoError(t, err)
+	assert.True(t, done)
+	namePeers(conns)
+	assert.Equal(t, []proto.Connection{
+		{Protocol: "unix-stream", Local: "/run/x", State: "LISTEN", Inode: 5, UID: 1000},
+		{Protocol: "unix-stream", State: "ESTABLISHED", Inode: 6, Peer: 7, Remote: "@abs@\uFFFD"},
+		{Protocol: "unix-stream", Local: "@abs@\uFFFD", State: "ESTABLISHED", Inode: 7, Peer: 6},
+	}, conns)
+	_, err = parseUnixDiag(netlink(sockDiagByFamily, make([]byte, unixDiagMsgLen-1)), &conns)
+	assert.ErrorIs(t, err, unix.EPROTO)
+}
+
+func FuzzParseUnixDiag(f *testing.F) {
+	f.Add(unixDiagDump())
+	f.Add(netlink(unix.NLMSG_ERROR, nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var conns []proto.Connection
+		_, _ = parseUnixDiag(b, &conns)
+		namePeers(conns)
+		for _, c := range conns {
+			_, err := proto.Marshal(c)
+			require.NoError(t, err)
+		}
+	})
+}
+
+func TestProcNetUnixLine(t *testing.T) {
+	for line, want := range map[string]proto.Connection{
+		"0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/a b.sock": {Protocol: "unix-stream", Local: "/run/a b.sock", State: "LISTEN", Inode: 12345},
+		"ffff8881: 00000003 00000000 00000000 0002 01     7 @abs":                  {Protocol: "unix-dgram", Local: "@abs", State: "CLOSE", Inode: 7},
+		"0000000000000000: 00000003 00000000 00000000 0005 03    77":               {Protocol: "unix-seqpacket", State: "ESTABLISHED", Inode: 77},
+	} {
+		c, ok := procNetUnixLine(line)
+		assert.True(t, ok, line)
+		assert.Equal(t, want, c)
+	}
+	for _, bad := range []string{"", "Num       RefCount Protocol Flags    Type St Inode Path", "0: 2 0 zz 0001 01 5", "0: 2 0 0 0001 01"} {
+		_, ok := procNetUnixLine(bad)
+		assert.False(t, ok, bad)
+	}
+}
+
+func FuzzProcNetUnixLine(f *testing.F) {
+	f.Add("0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/a b.sock")
+	f.Fuzz(func(t *testing.T, line string) { procNetUnixLine(line) })
+}
+
+// Both of the kernel's tables know a socket, and the one that is asked first knows
+// both ends.
+func TestUnixSockets(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "socket")
+	l, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	defer l.Close()
+	client, err := net.Dial("unix", path)
+	require.NoError(t, err)
+	defer client.Close()
+	server, err := l.Accept()
+	require.NoError(t, err)
+	defer server.Close()
+	conns, err := unixDiag()
+	require.NoError(t, err)
+	states, peers := map[string]int{}, map[uint64]proto.Connection{}
+	for _, c := range conns {
+		if c.Local == path {
+			states[c.State]++
+		}
+		peers[c.Inode] = c
+	}
+	assert.Equal(t, map[string]int{"LISTEN": 1, "ESTABLISHED": 1}, states)
+	remote := 0
+	for _, c := range conns {
+		if c.Remote == path {
+			remote++
+			assert.Equal(t, c.Inode, peers[c.Peer].Peer)
+			assert.Equal(t, os.Getuid(), c.UID)
+		}
+	}
+	assert.Equal(t, 1, remote)
+	states = map[string]int{}
+	for _, c := range procNetUnix() {
+		if c.Local == path {
+			states[c.State]++
+		}
+	}
+	assert.Equal(t, map[string]int{"LISTEN": 1, "ESTABLISHED": 1}, states)
+}
+
+func TestUserNames(t *testing.T) {
+	u := readUserNames()
+	assert.Equal(t, "root", u[0])
+	assert.Empty(t, u[1<<30])
 }
 
 func TestMergeEnv(t *testing.T) {

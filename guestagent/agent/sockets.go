@@ -50,7 +50,11 @@ func connections() ([]proto.Connection, error) {
 		}
 		all = append(all, conns...)
 	}
-	return all, nil
+	conns, err := unixDiag()
+	if err != nil {
+		conns = procNetUnix()
+	}
+	return append(all, conns...), nil
 }
 
 // Numbers of linux/sock_diag.h and linux/inet_diag.h.
@@ -66,26 +70,35 @@ const (
 	tcpSegsIn        = 140
 )
 
-func inetDiag(name string, family, protocol uint8) ([]proto.Connection, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(fd)
-	req := make([]byte, unix.NLMSG_HDRLEN+inetDiagReqLen)
-	binary.NativeEndian.PutUint32(req[0:], uint32(len(req)))
-	binary.NativeEndian.PutUint16(req[4:], sockDiagByFamily)
-	binary.NativeEndian.PutUint16(req[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
-	body := req[unix.NLMSG_HDRLEN:]
+func inetDiag(name string, family, protocol uint8) (conns []proto.Connection, err error) {
+	body := make([]byte, inetDiagReqLen)
 	body[0], body[1] = family, protocol
 	if protocol == unix.IPPROTO_TCP {
 		body[2] = 1 << (inetDiagInfo - 1)
 	}
 	binary.NativeEndian.PutUint32(body[4:], ^uint32(0)) // every state
-	if err := unix.Sendto(fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nil, err
+	err = dump(body, func(b []byte) (bool, error) {
+		done, err := parseDiag(b, name, &conns)
+		return done || len(conns) > proto.MaxList, err
+	})
+	return conns, err
+}
+
+// dump asks for sockets and gives each datagram of the answer to f until it is done.
+func dump(body []byte, f func([]byte) (done bool, err error)) error {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return err
 	}
-	var conns []proto.Connection
+	defer unix.Close(fd)
+	req := make([]byte, unix.NLMSG_HDRLEN, unix.NLMSG_HDRLEN+len(body))
+	req = append(req, body...)
+	binary.NativeEndian.PutUint32(req[0:], uint32(len(req)))
+	binary.NativeEndian.PutUint16(req[4:], sockDiagByFamily)
+	binary.NativeEndian.PutUint16(req[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
+	if err := unix.Sendto(fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return err
+	}
 	buf := make([]byte, 32<<10)
 	for {
 		n, _, err := unix.Recvfrom(fd, buf, 0)
@@ -93,17 +106,22 @@ func inetDiag(name string, family, protocol uint8) ([]proto.Connection, error) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
-		done, err := parseDiag(buf[:n], name, &conns)
-		if done || err != nil || len(conns) > proto.MaxList {
-			return conns, err
+		if done, err := f(buf[:n]); done || err != nil {
+			return err
 		}
 	}
 }
 
-// parseDiag reads one datagram of a dump; done at its end.
+// parseDiag reads one datagram of a dump of INET sockets; done at its end.
 func parseDiag(b []byte, name string, conns *[]proto.Connection) (done bool, err error) {
+	return parseDump(b, inetDiagMsgLen, func(d []byte) { *conns = append(*conns, diagMsg(d, name)) })
+}
+
+// parseDump reads one datagram of a dump, whose messages have at least size bytes;
+// done at its end.
+func parseDump(b []byte, size int, msg func([]byte)) (done bool, err error) {
 	msgs, err := syscall.ParseNetlinkMessage(b)
 	if err != nil {
 		return false, err
@@ -120,13 +138,25 @@ func parseDiag(b []byte, name string, conns *[]proto.Connection) (done bool, err
 			}
 			return false, fmt.Errorf("sock_diag: %w", syscall.EPROTO)
 		case sockDiagByFamily:
-			if len(m.Data) < inetDiagMsgLen {
+			if len(m.Data) < size {
 				return false, fmt.Errorf("sock_diag: message of %d bytes: %w", len(m.Data), syscall.EPROTO)
 			}
-			*conns = append(*conns, diagMsg(m.Data, name))
+			msg(m.Data)
 		}
 	}
 	return false, nil
+}
+
+// attributes calls f for each netlink attribute that is whole.
+func attributes(a []byte, f func(kind uint16, v []byte)) {
+	for len(a) >= 4 {
+		l := int(binary.NativeEndian.Uint16(a))
+		if l < 4 || l > len(a) {
+			return
+		}
+		f(binary.NativeEndian.Uint16(a[2:]), a[4:l])
+		a = a[min(len(a), (l+3)&^3):]
+	}
 }
 
 // diagMsg reads struct inet_diag_msg and its attributes.
@@ -139,19 +169,14 @@ func diagMsg(d []byte, name string) proto.Connection {
 		UID:      int(binary.NativeEndian.Uint32(d[64:])),
 		Inode:    uint64(binary.NativeEndian.Uint32(d[68:])),
 	}
-	for a := d[inetDiagMsgLen:]; len(a) >= 4; {
-		l := int(binary.NativeEndian.Uint16(a))
-		if l < 4 || l > len(a) {
-			break
-		}
-		if v := a[4:l]; binary.NativeEndian.Uint16(a[2:]) == inetDiagInfo && len(v) >= tcpSegsIn+4 {
+	attributes(d[inetDiagMsgLen:], func(kind uint16, v []byte) {
+		if kind == inetDiagInfo && len(v) >= tcpSegsIn+4 {
 			c.TxBytes = binary.NativeEndian.Uint64(v[tcpBytesAcked:])
 			c.RxBytes = binary.NativeEndian.Uint64(v[tcpBytesReceived:])
 			c.TxSegs = uint64(binary.NativeEndian.Uint32(v[tcpSegsOut:]))
 			c.RxSegs = uint64(binary.NativeEndian.Uint32(v[tcpSegsIn:]))
 		}
-		a = a[min(len(a), (l+3)&^3):]
-	}
+	})
 	return c
 }
 

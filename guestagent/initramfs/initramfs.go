@@ -124,10 +124,27 @@ func (o Options) withDefaults() (Options, error) {
 	if o.Progress == nil {
 		o.Progress = func(string) {}
 	}
-	if len(o.Agent) == 0 {
-		return o, errors.New("initramfs: no agent given")
-	}
 	return o, nil
+}
+
+// Prepare makes the program that a userland consists of, unless it is there, and
+// returns its path; none has none. It needs no agent.
+func Prepare(ctx context.Context, o Options) (string, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return "", err
+	}
+	switch o.Userland {
+	case UserlandUroot:
+		path, err := buildUroot(ctx, o)
+		if err != nil {
+			return "", fmt.Errorf("%w: u-root: %w", ErrNoUserland, err)
+		}
+		return path, nil
+	case UserlandBusybox:
+		return o.busybox()
+	}
+	return "", nil
 }
 
 // Cached returns the path of the initramfs in the cache, where it is put under
@@ -234,6 +251,9 @@ var etc = map[string]string{
 }
 
 func build(ctx context.Context, o Options) (archive, error) {
+	if len(o.Agent) == 0 {
+		return nil, errors.New("initramfs: no agent given")
+	}
 	a := archive{}
 	for _, dir := range []string{"dev", "proc", "sys", "run", "tmp", "root"} {
 		a.add(cpio.Directory(dir, 0o755))

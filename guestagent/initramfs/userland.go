@@ -27,21 +27,13 @@ import (
 // without a search in PATH (FEATURE_SH_STANDALONE), and the agent starts it
 // under the name of a command that is not there.
 func addBusybox(ctx context.Context, a archive, conf *initconf.Config, o Options) error {
-	bin := o.Busybox
-	if bin == "" {
-		bin = "/bin/busybox"
-		if _, err := os.Stat(bin); err != nil {
-			if p, err := exec.LookPath("busybox"); err == nil {
-				bin = p
-			}
-		}
+	bin, err := o.busybox()
+	if err != nil {
+		return err
 	}
 	b, err := os.ReadFile(bin)
 	if err != nil {
-		return fmt.Errorf("%w: busybox: %w; install it: apt-get install busybox-static", ErrNoUserland, err)
-	}
-	if interp := Interpreter(bytes.NewReader(b)); interp != "" {
-		return fmt.Errorf("%w: %s: %w; install the static one: apt-get install busybox-static", ErrNoUserland, bin, ErrDynamic)
+		return fmt.Errorf("%w: busybox: %w", ErrNoUserland, err)
 	}
 	a.add(file("bin/busybox", b, 0o755))
 	links := []string{"bin/sh", "usr/bin/env"}
@@ -60,6 +52,28 @@ func addBusybox(ctx context.Context, a archive, conf *initconf.Config, o Options
 	conf.Applets = "/bin/busybox"
 	conf.Shell = []string{"/bin/sh", "-l"}
 	return nil
+}
+
+// busybox finds a static busybox on this machine.
+func (o Options) busybox() (string, error) {
+	bin := o.Busybox
+	if bin == "" {
+		bin = "/bin/busybox"
+		if _, err := os.Stat(bin); err != nil {
+			if p, err := exec.LookPath("busybox"); err == nil {
+				bin = p
+			}
+		}
+	}
+	f, err := os.Open(bin)
+	if err != nil {
+		return "", fmt.Errorf("%w: busybox: %w; install it: apt-get install busybox-static", ErrNoUserland, err)
+	}
+	defer f.Close()
+	if interp := Interpreter(f); interp != "" {
+		return "", fmt.Errorf("%w: %s: %w; install the static one: apt-get install busybox-static", ErrNoUserland, bin, ErrDynamic)
+	}
+	return bin, nil
 }
 
 // urootVersion is the one in go.mod.
@@ -96,16 +110,17 @@ func addUroot(ctx context.Context, a archive, conf *initconf.Config, o Options) 
 
 // buildUroot compiles the commands, or finds them in the cache.
 func buildUroot(ctx context.Context, o Options) (string, error) {
-	env, err := goEnv(ctx)
-	if err != nil {
-		return "", err
-	}
-	key := sha256.Sum256(fmt.Appendln(nil, urootVersion, env["GOVERSION"], runtime.GOARCH, urootCommands))
+	// Not the toolchain's version: a machine without one can use what is there.
+	key := sha256.Sum256(fmt.Appendln(nil, urootVersion, runtime.GOARCH, urootCommands))
 	dir, name := filepath.Join(o.CacheDir, "uroot"), hex.EncodeToString(key[:])[:32]
 	if _, err := os.Stat(filepath.Join(dir, name)); err == nil {
 		return filepath.Join(dir, name), nil
 	}
 	o.Progress("building u-root's commands, once")
+	env, err := goEnv(ctx)
+	if err != nil {
+		return "", err
+	}
 	src, err := urootSource(ctx)
 	if err != nil {
 		return "", err
@@ -162,7 +177,7 @@ func tail(s string) string {
 }
 
 func goEnv(ctx context.Context) (map[string]string, error) {
-	out, err := command(ctx, "", "env", "-json", "GOROOT", "GOVERSION")
+	out, err := command(ctx, "", "env", "-json", "GOROOT")
 	if err != nil {
 		return nil, err
 	}

@@ -140,12 +140,13 @@ type Process struct {
 	StartMS  uint64 `cbor:"15,keyasint"`           // after boot; with PID it identifies a process
 	Affinity []byte `cbor:"16,keyasint,omitempty"` // bit n%8 of byte n/8: may run on processor n
 	Kernel   bool   `cbor:"17,keyasint,omitempty"`
+	User     string `cbor:"18,keyasint,omitempty"` // name in the guest's /etc/passwd; empty if there is none
 }
 
 // Connection is one socket of the guest (S4.2).
 type Connection struct {
-	Protocol string `cbor:"1,keyasint"` // "tcp", "tcp6", "udp", "udp6"
-	Local    string `cbor:"2,keyasint"` // "address:port"
+	Protocol string `cbor:"1,keyasint"` // "tcp", "tcp6", "udp", "udp6", "unix-stream", "unix-dgram", "unix-seqpacket"
+	Local    string `cbor:"2,keyasint"` // "address:port"; of UNIX sockets path, "@" and an abstract name, or empty
 	Remote   string `cbor:"3,keyasint,omitempty"`
 	State    string `cbor:"4,keyasint,omitempty"`
 	Inode    uint64 `cbor:"5,keyasint"`
@@ -155,4 +156,5 @@ type Connection struct {
 	TxBytes  uint64 `cbor:"9,keyasint,omitempty"`
 	RxSegs   uint64 `cbor:"10,keyasint,omitempty"`
 	TxSegs   uint64 `cbor:"11,keyasint,omitempty"`
+	Peer     uint64 `cbor:"12,keyasint,omitempty"` // inode of the socket at the other end (UNIX)
 }

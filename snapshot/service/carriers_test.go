@@ -24,6 +24,7 @@ import (
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/mem"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // assemble gives the bytes of a guest in testdata/guests, loaded at 0x1000.
@@ -51,7 +52,7 @@ func (a attach) Attach(s *vmm.Slots) error { return a(s) }
 // A guest without a kernel sends a ping and gets the event, over either carrier
 // that needs no driver.
 func TestTinyGuests(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	const memory = 4 << 20
 	pair := portpair.New(portpair.Config{GSI: portpair.GSI})
 	place := sharedregion.Place(memory)

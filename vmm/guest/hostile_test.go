@@ -18,6 +18,7 @@ import (
 	"github.com/gondola-vmm/gondola/firmware"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // A script of stores is what the hostile guest executes: pairs of a 32-bit address
@@ -191,7 +192,7 @@ func (h *hostile) play(n int) {
 // A guest that writes garbage to every virtio register and every ring has itself
 // to blame: the machine goes on, memory stays bounded, and the host can end it.
 func TestHostileVirtio(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	for seed := range uint64(8) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			base := uint32(firmware.MMIOBase)

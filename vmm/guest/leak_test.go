@@ -16,6 +16,7 @@ import (
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // resources are what this process has of the host.
@@ -51,7 +52,7 @@ func usage(t *testing.T) resources {
 // behind: no thread, descriptor, mapping, goroutine or memory.
 // GONDOLA_LEAK_BOOTS is how many (default 3).
 func TestGuestNoLeaks(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	boots := 3
 	if s := os.Getenv("GONDOLA_LEAK_BOOTS"); s != "" {
 		var err error

@@ -13,11 +13,13 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/gondola-vmm/gondola/devices/sharedregion"
+	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/snapshot/ports"
 	"github.com/gondola-vmm/gondola/snapshot/service"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // tinyText is where tinyKernel's code runs.
@@ -85,7 +87,7 @@ func serve(t testing.TB, g *guest.Guest, cfg service.Config) *service.Service {
 
 // The carriers that need no driver are where a guest looks for them.
 func TestPortsWithoutDriver(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	const memory = 8 << 20
 	poll := writeFile(t, "poll.s", []byte(pollPorts))
 	region := filepath.Join("..", "..", "testdata", "guests", "region.s")
@@ -124,13 +126,13 @@ const pingScript = `printf 'GD\001\002\001\000\000\000\007\000\000\000\000\000\2
 // Linux has the ports, knows of the region and leaves it alone; a program that goes
 // away in the middle of a request harms nobody, and an event waits for a reader.
 func TestGuestPorts(t *testing.T) {
-	vmmtest.NeedKVM(t)
-	g := vmmtest.Start(t, guest.Config{Name: "ports", Ports: true, Memory: 128 << 20})
+	needkvm.Test(t)
+	g := vmmtest.Start(t, guest.Config{Name: "ports", Ports: true, Memory: 128 << 20, Userland: initramfs.UserlandBusybox})
 	require.NoError(t, g.Ready(g.Within(t)))
 	s := serve(t, g.Guest, service.Config{})
 	place := sharedregion.Place(128 << 20)
 	assert.Contains(t, g.Sh(t, "cat /proc/cmdline"), fmt.Sprintf("gondola.region=%#x@%#x", place.Size, uint64(place.Start)))
-	assert.Contains(t, strings.ToLower(g.Sh(t, "cat /proc/iomem")), fmt.Sprintf("%08x-%08x : reserved", uint64(place.Start), uint64(place.Start)+place.Size-1))
+	assert.Contains(t, strings.ToLower(g.Sh(t, "cat /proc/iomem")), fmt.Sprintf("%08x : system ram", uint64(place.Start)-1), "RAM ends there")
 
 	first := g.Sh(t, portScript+`printf 'GD\001\002\001\000\000\000\007\000' > /dev/a; `+pingScript+`dd if=/dev/b bs=4096 count=1 2>/dev/null | od -An -tx1`)
 	assert.Equal(t, "47 44 01 05 01 00 00 00 0b 00 00 00 00 00 ab b6 a3 01 02 02 64 70 69 6e 67 03 01", strings.Join(strings.Fields(first), " "))

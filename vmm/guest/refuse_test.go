@@ -20,12 +20,13 @@ import (
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // Whatever a guest cannot be made of is refused with an error that names it, says
 // why and what to do, and leaves nothing behind.
 func TestRefuse(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	k, err := guestkernel.Ensure(vmmtest.Context(t), guestkernel.Options{})
 	require.NoError(t, err)
 	start := func(file string, n int) []byte {
@@ -107,7 +108,7 @@ func TestRefuse(t *testing.T) {
 // A guest whose agent never answers, or that ends before it does, is an error with
 // what it said on its console.
 func TestNoAgent(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	// mov dx, 0x3f8; mov al, 'h'; out dx, al; mov al, 'i'; out dx, al
 	hi := []byte{0x66, 0xba, 0xf8, 0x03, 0xb0, 'h', 0xee, 0xb0, 'i', 0xee}
 	for _, tc := range []struct {
@@ -154,7 +155,7 @@ func (b blocked) Write(p []byte) (int, error) {
 // A guest that floods its serial port costs no memory, whether somebody takes what
 // it writes or not, and is ended at once.
 func TestFlood(t *testing.T) {
-	vmmtest.NeedKVM(t)
+	needkvm.Test(t)
 	// mov dx, 0x3f8; mov al, 'x'; again: out dx, al; jmp again
 	flood := []byte{0x66, 0xba, 0xf8, 0x03, 0xb0, 'x', 0xee, 0xeb, 0xfd}
 	b := blocked{make(chan struct{})}

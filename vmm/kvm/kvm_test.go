@@ -2,7 +2,6 @@ package kvm
 
 import (
 	"errors"
-	"os"
 	"runtime"
 	"testing"
 	"unsafe"
@@ -10,15 +9,14 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
-// open opens /dev/kvm; a host without it fails, unless the user says that it is
-// meant to have none.
+// open opens /dev/kvm.
 func open(t *testing.T) *System {
 	t.Helper()
-	if os.Getenv("GONDOLA_NO_KVM") == "1" {
-		t.Skip("GONDOLA_NO_KVM=1")
-	}
+	needkvm.Test(t)
 	s, err := Open()
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, s.Close()) })

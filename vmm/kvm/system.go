@@ -115,7 +115,13 @@ func (s *System) MSRIndexList() ([]uint32, error) {
 
 // CreateVM makes a machine without memory and vCPUs (KVM API 4.2).
 func (s *System) CreateVM() (*VM, error) {
+	// The kernel gives up with EINTR while it takes the address space's locks if a
+	// signal is there, and the Go runtime sends some. Nobody waits to be kicked
+	// yet, so the call is made again, but not for ever.
 	r, err := ioctl(s.fd(), "KVM_CREATE_VM", kvmCreateVM, 0)
+	for try := 0; errors.Is(err, unix.EINTR) && try < 1000; try++ {
+		r, err = ioctl(s.fd(), "KVM_CREATE_VM", kvmCreateVM, 0)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -30,34 +30,15 @@ import (
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/guest"
-	"github.com/gondola-vmm/gondola/vmm/kvm"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // Patience is how long a boot, or one step in a guest, may take on the slowest
 // machine. It turns a hang into a failure, and measures nothing.
 const Patience = 4 * time.Minute
 
-// Environment variables of the harness.
-const (
-	// EnvNoKVM skips guest tests if it is not empty.
-	EnvNoKVM = "GONDOLA_NO_KVM"
-	// EnvKernel is a kernel to test instead of the guest kernel.
-	EnvKernel = "GONDOLA_TEST_KERNEL"
-)
-
-// NeedKVM fails a test that cannot boot guests here, or skips it if the user
-// wants that.
-func NeedKVM(t testing.TB) {
-	t.Helper()
-	if os.Getenv(EnvNoKVM) != "" {
-		t.Skipf("$%s is set", EnvNoKVM)
-	}
-	sys, err := kvm.Open()
-	if err != nil {
-		t.Fatalf("this test boots a guest: %v\nWithout KVM, %s=1 leaves such tests out.", err, EnvNoKVM)
-	}
-	sys.Close()
-}
+// EnvKernel names a kernel to test instead of the guest kernel.
+const EnvKernel = "GONDOLA_TEST_KERNEL"
 
 // Context is bounded by Patience and by the test's own deadline, with room left
 // to report.
@@ -92,7 +73,7 @@ func Boot(t testing.TB, cfg guest.Config) *Guest {
 // Start is Boot without waiting.
 func Start(t testing.TB, cfg guest.Config) *Guest {
 	t.Helper()
-	NeedKVM(t)
+	needkvm.Test(t)
 	g, err := start(Context(t), cfg)
 	if err != nil {
 		t.Fatalf("starting a guest: %v\nreproduce: %s", err, reproduce(t, cfg))
@@ -300,7 +281,7 @@ func Main(m *testing.M, s Setup) {
 // new guest.
 func Shared(t testing.TB) *Guest {
 	t.Helper()
-	NeedKVM(t)
+	needkvm.Test(t)
 	shared.mu.Lock()
 	defer shared.mu.Unlock()
 	if shared.g != nil && shared.g.broken.Load() {

@@ -1,0 +1,43 @@
+// Package needkvm says which tests need /dev/kvm. It imports nothing of gondola,
+// so that the tests of every package can use it.
+//
+// Where /dev/kvm is missing such a test fails. GONDOLA_NO_KVM=1 says that it is
+// meant to be missing, and skips them.
+package needkvm
+
+import (
+	"flag"
+	"os"
+	"testing"
+)
+
+// Env leaves tests out that need /dev/kvm if it is not empty.
+const Env = "GONDOLA_NO_KVM"
+
+// Test fails a test that cannot have /dev/kvm, or skips it if the user wants that.
+func Test(t testing.TB) {
+	t.Helper()
+	if os.Getenv(Env) != "" {
+		t.Skipf("$%s is set", Env)
+	}
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatalf("this test needs KVM: %v\nWithout it, %s=1 leaves such tests out, and .ci/kvmhost runs them on an emulated host.", err, Env)
+	}
+	f.Close()
+}
+
+// Examples is for a TestMain, before m.Run, of a package all of whose examples need
+// /dev/kvm: they cannot skip themselves.
+func Examples() error {
+	if os.Getenv(Env) == "" {
+		return nil
+	}
+	flag.Parse()
+	skip := flag.Lookup("test.skip").Value
+	pattern := "^Example"
+	if s := skip.String(); s != "" {
+		pattern = s + "|" + pattern
+	}
+	return skip.Set(pattern)
+}
