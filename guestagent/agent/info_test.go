@@ -175,7 +175,7 @@ func TestParseUnixDiag(t *testing.T) {
 		{Protocol: "unix-stream", State: "ESTABLISHED", Inode: 6, Peer: 7, Remote: "@abs@\uFFFD"},
 		{Protocol: "unix-stream", Local: "@abs@\uFFFD", State: "ESTABLISHED", Inode: 7, Peer: 6},
 	}, conns)
-	_, err = parseUnixDiag(netlink(sockDiagByFamily, make([]byte, unixDiagMsgLen-1)), &conns)
+	_, err = parseUnixDiag(netlink(sockDiagByFamily, make([]byte, unixDiagMsgLen-4)), &conns)
 	assert.ErrorIs(t, err, unix.EPROTO)
 }
 

@@ -3,6 +3,7 @@ package service
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -209,37 +210,71 @@ func (b *board) Ports(_ uint16, _ int, _ string, h devices.Handler) error {
 	return nil
 }
 
+// echoes answers each request of so many bytes with an event and does nothing else: the
+// raw transport, which the service is compared with.
+func echoes(a io.ReadCloser, w io.WriteCloser, size int, event []byte) {
+	defer a.Close()
+	defer w.Close()
+	buf := make([]byte, 4096)
+	for got := 0; ; {
+		n, err := a.Read(buf)
+		if err != nil && err != io.EOF { // the end of a buffer of the guest's
+			return
+		}
+		for got += n; got >= size; got -= size {
+			if _, err := w.Write(event); err != nil {
+				return
+			}
+		}
+	}
+}
+
 // BenchmarkRoundTrip is a ping from the guest's first register or byte to the
-// event in its memory, without a machine: what gondola's own part costs.
+// event in its memory, without a machine: what gondola's own part costs. raw is the
+// same bytes over the same carrier with nobody who reads them behind it.
 func BenchmarkRoundTrip(b *testing.B) {
 	request := encode(b, ports.Request{ID: 1, Op: "ping"})
-	const at, event = 0x1000, 0x2000
-	b.Run("stream", func(b *testing.B) {
-		_, p := newService(b, Config{Limits: unlimited})
+	answer := ports.Event{ID: 1, Kind: ports.Done, Op: "ping", Seq: 1}
+	event, err := answer.Append(nil)
+	require.NoError(b, err)
+	// behind runs f with the service behind a carrier, and with an echo.
+	behind := func(b *testing.B, name string, f func(b *testing.B, attach func(a io.ReadCloser, w io.WriteCloser))) {
+		b.Run(name+"/service", func(b *testing.B) {
+			s := New(Config{Limits: unlimited})
+			defer s.Close()
+			f(b, func(a io.ReadCloser, w io.WriteCloser) { require.NoError(b, s.Attach(name, a, w)) })
+		})
+		b.Run(name+"/raw", func(b *testing.B) {
+			f(b, func(a io.ReadCloser, w io.WriteCloser) {
+				b.Cleanup(func() { _, _ = a.Close(), w.Close() }) // the device may have done it
+				go echoes(a, w, len(request), event)
+			})
+		})
+	}
+	behind(b, "stream", func(b *testing.B, attach func(io.ReadCloser, io.WriteCloser)) {
+		p := newPort()
+		attach(p, p)
 		b.ReportAllocs()
 		for b.Loop() {
 			p.a <- request
 			<-p.b
 		}
 	})
-	b.Run("virtio-serial", func(b *testing.B) {
+	behind(b, "virtio-serial", func(b *testing.B, attach func(io.ReadCloser, io.WriteCloser)) {
 		g := newSerial(b)
-		s := New(Config{Limits: unlimited})
-		defer s.Close()
-		require.NoError(b, s.Attach("virtio-serial", g.a, g.b))
+		attach(g.a, g.b)
 		b.ReportAllocs()
 		for b.Loop() {
 			require.NoError(b, g.SendAll(b.Context(), idA, request))
 			g.event(b)
 		}
 	})
-	b.Run("ports", func(b *testing.B) {
+	behind(b, "ports", func(b *testing.B, attach func(io.ReadCloser, io.WriteCloser)) {
+		const at, event = 0x1000, 0x2000
 		m := newBoard(b)
 		d := portpair.New(portpair.Config{})
 		require.NoError(b, d.Attach(m))
-		s := New(Config{Limits: unlimited})
-		defer s.Close()
-		require.NoError(b, s.Attach("ports", d.A(), d.B()))
+		attach(d.A(), d.B())
 		require.NoError(b, m.ram.WriteAt(request, at))
 		var v [4]byte
 		await := func(reg uint64, want byte) {
@@ -259,14 +294,12 @@ func BenchmarkRoundTrip(b *testing.B) {
 			m.out(0x1c, 1)
 		}
 	})
-	b.Run("region", func(b *testing.B) {
+	behind(b, "region", func(b *testing.B, attach func(io.ReadCloser, io.WriteCloser)) {
 		m := newBoard(b)
 		d, err := sharedregion.New(sharedregion.Config{Range: mem.Range{Start: 0x10000, Size: sharedregion.DefaultSize}})
 		require.NoError(b, err)
 		require.NoError(b, d.Attach(m))
-		s := New(Config{Limits: unlimited})
-		defer s.Close()
-		require.NoError(b, s.Attach("region", d.A(), d.B()))
+		attach(d.A(), d.B())
 		const base, size = mem.Addr(0x10000), 0x4000
 		b.ReportAllocs()
 		for b.Loop() {
