@@ -3,7 +3,6 @@
 package initd
 
 import (
-	"syscall"
 	"time"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
@@ -50,7 +49,7 @@ func (d *initd) runHelper(server *wire.Server) error {
 		return err
 	}
 	if ws := <-end; ws.Signaled() {
-		logf("helper: killed by %v", syscall.Signal(ws.Signal()))
+		logf("helper: ended by a signal: %v", ws.Signal())
 	}
 	return nil
 }

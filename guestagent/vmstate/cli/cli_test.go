@@ -294,7 +294,7 @@ func FuzzJSON(f *testing.F) {
 		var got any
 		require.NoError(t, json.Unmarshal(out, &got), "%s", out)
 		norm := func(v any) string { b, err := json.Marshal(v); require.NoError(t, err); return string(b) }
-		if !strings.Contains(s, "\\u007f") {
+		if !strings.Contains(s, "-0") { // an integer here
 			assert.Equal(t, norm(want), norm(got), "%q", s)
 		}
 	})
