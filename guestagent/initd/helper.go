@@ -26,6 +26,9 @@ func (d *initd) keepHelper() {
 			logf("helper: %v", err)
 			return
 		}
+		if d.ending.Load() {
+			return
+		}
 		begin := time.Now()
 		if err := d.runHelper(server); err != nil {
 			logf("helper: %v", err)
