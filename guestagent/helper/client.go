@@ -268,23 +268,21 @@ func (h *Helper) answer(c *client, frame []byte) bool {
 	return !c.gone
 }
 
-// read takes requests until the connection ends.
+// read takes requests until the connection ends. Bytes that are no frame end it.
 func (h *Helper) read(c *client) {
 	dec := proto.NewDecoder(c.conn)
-	for {
-		f, err := dec.Next()
-		if dec.Skipped() > 0 {
-			err = errors.New("no frame")
-		}
-		if err != nil {
-			if !errors.Is(err, io.EOF) {
-				h.mu.Lock()
-				defer h.mu.Unlock()
-				h.answer(c, failure(0, proto.CodeBadRequest, "what came is no frame; see docs/vmstate.md"))
-			}
+	dec.OnSkip(func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if c.deaf {
 			return
 		}
-		if !h.handle(c, f) {
+		h.answer(c, failure(0, proto.CodeBadRequest, "what came is no frame; see docs/vmstate.md"))
+		c.deaf = true // the connection ends when this is written
+	})
+	for {
+		f, err := dec.Next()
+		if err != nil || dec.Skipped() > 0 || !h.handle(c, f) {
 			return
 		}
 	}

@@ -15,10 +15,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"math/rand/v2"
-	"slices"
-	"strings"
+	"sort"
 	"sync"
 	"time"
 
@@ -406,8 +404,10 @@ func (h *Helper) status(p wire.Peer) wire.Status {
 		}
 		s.Listeners = append(s.Listeners, w)
 	}
-	slices.SortFunc(s.Listeners, func(a, b wire.Listener) int {
-		return strings.Compare(fmt.Sprint(a.Name, a.PID), fmt.Sprint(b.Name, b.PID))
+	// Generic sorting would add some KiB to every guest.
+	sort.Slice(s.Listeners, func(i, j int) bool {
+		a, b := s.Listeners[i], s.Listeners[j]
+		return a.Name < b.Name || a.Name == b.Name && a.PID < b.PID
 	})
 	for _, c := range h.latest {
 		if p.UID == 0 || p.UID == c.UID {
@@ -433,7 +433,7 @@ func (h *Helper) remember(op string, p wire.Peer) uint32 {
 	}
 	h.flight[h.id] = call{op, p.UID}
 	if len(h.latest) == h.cfg.Limits.latest {
-		h.latest = slices.Delete(h.latest, 0, 1)
+		h.latest = h.latest[1:]
 	}
 	h.latest = append(h.latest, wire.Call{ID: h.id, Op: op, UID: p.UID, PID: p.PID, UnixMilli: time.Now().UnixMilli()})
 	return h.id
@@ -445,7 +445,7 @@ func (h *Helper) persist() error {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		var names []name
-		for l := range maps.Keys(h.listeners) {
+		for l := range h.listeners {
 			if l.name != "" {
 				names = append(names, name{l.name, l.uid})
 			}

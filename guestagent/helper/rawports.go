@@ -9,7 +9,7 @@ import (
 	"io"
 	"os"
 	"runtime"
-	"slices"
+	"sort"
 	"sync"
 	"time"
 	"unsafe"
@@ -364,7 +364,7 @@ func (p *pages) locate() error {
 
 // longestRow gives the indices of the longest row of consecutive frames, in order.
 func longestRow(frames []uint64, order []int) []int {
-	slices.SortFunc(order, func(a, b int) int { return int(int64(frames[a]) - int64(frames[b])) })
+	sort.Slice(order, func(i, j int) bool { return frames[order[i]] < frames[order[j]] })
 	best, start := order[:1], 0
 	for i := 1; i <= len(order); i++ {
 		if i < len(order) && frames[order[i]] == frames[order[i-1]]+1 {

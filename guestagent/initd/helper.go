@@ -3,7 +3,6 @@
 package initd
 
 import (
-	"syscall"
 	"time"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
@@ -25,6 +24,9 @@ func (d *initd) keepHelper() {
 	for {
 		if err := server.Wait(); err != nil {
 			logf("helper: %v", err)
+			return
+		}
+		if d.ending.Load() {
 			return
 		}
 		begin := time.Now()
@@ -50,7 +52,7 @@ func (d *initd) runHelper(server *wire.Server) error {
 		return err
 	}
 	if ws := <-end; ws.Signaled() {
-		logf("helper: killed by %v", syscall.Signal(ws.Signal()))
+		logf("helper: ended by a signal: %v", ws.Signal())
 	}
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -54,6 +55,7 @@ type initd struct {
 	agent  *agent.Agent
 
 	greeted bool // a first session has begun
+	ending  atomic.Bool
 }
 
 // Run is the init's main function. software is what the agent says of itself.
@@ -78,8 +80,8 @@ func Run(software string) {
 			logf("host name: %v", err)
 		}
 	}
-	if err := loopbackUp(); err != nil {
-		logf("loopback: %v", err)
+	if err := networkUp(); err != nil {
+		logf("network: %v", err)
 	}
 	go d.signals()
 	go d.keepHelper()
@@ -155,8 +157,9 @@ func configure() initconf.Config {
 	return conf
 }
 
-// loopbackUp sets the interface's flags; the kernel then gives it its address.
-func loopbackUp() error {
+// networkUp turns on all network interfaces. The kernel then gives the loopback
+// interface its address; for others somebody else has to.
+func networkUp() error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if errors.Is(err, unix.EAFNOSUPPORT) {
 		return nil // a kernel without network
@@ -165,12 +168,29 @@ func loopbackUp() error {
 		return err
 	}
 	defer unix.Close(fd)
-	ifr, err := unix.NewIfreq("lo")
-	if err != nil {
-		return err
+	names := []string{"lo"}
+	if d, err := os.Open("/sys/class/net"); err == nil {
+		names, err = d.Readdirnames(-1)
+		d.Close()
+		if err != nil {
+			return err
+		}
 	}
-	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING | unix.IFF_LOOPBACK)
-	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
+	var errs []error
+	for _, name := range names {
+		ifr, err := unix.NewIfreq(name)
+		if err == nil {
+			err = unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, ifr)
+		}
+		if err == nil {
+			ifr.SetUint16(ifr.Uint16() | unix.IFF_UP)
+			err = unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // greet takes from the host what a young guest lacks: randomness, and the time of
@@ -237,9 +257,18 @@ func (d *initd) signals() {
 	}
 }
 
-// end ends the guest.
+// grace is for how long processes may go on after SIGTERM when the guest ends.
+const grace = 500 * time.Millisecond
+
+// end ends the guest: processes are asked to end, then made to, and files are
+// written.
 func (d *initd) end(how string) {
+	d.ending.Store(true)
 	_ = syscall.Kill(-1, syscall.SIGTERM) // ESRCH: there is nobody else
+	for begin := time.Now(); time.Since(begin) < grace && children(); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	_ = syscall.Kill(-1, syscall.SIGKILL)
 	syscall.Sync()
 	cmd := unix.LINUX_REBOOT_CMD_RESTART
 	switch {
@@ -257,6 +286,12 @@ func (d *initd) end(how string) {
 		cmd = unix.LINUX_REBOOT_CMD_RESTART
 	}
 	sleepForever()
+}
+
+// children tells whether this process has any: those that others leave behind become
+// its own.
+func children() bool {
+	return !errors.Is(unix.Waitid(unix.P_ALL, 0, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil), unix.ECHILD)
 }
 
 func sleepForever() {

@@ -155,6 +155,9 @@ func NewDecoder(r io.Reader) *Decoder {
 // Skipped counts the bytes that belonged to no frame.
 func (d *Decoder) Skipped() uint64 { return d.skipped }
 
+// OnSkip sets what is called at the first byte of each run that is no frame.
+func (d *Decoder) OnSkip(f func()) { d.onSkip = f }
+
 // Next returns the next frame. Its body is valid until the following call.
 // Errors are those of the reader; io.ErrUnexpectedEOF if it ended inside a
 // frame, io.EOF if it ended between frames.

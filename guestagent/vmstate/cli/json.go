@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -87,7 +87,7 @@ func appendJSON(b []byte, v any) []byte {
 			}
 			o = append(o, member{key, e})
 		}
-		slices.SortFunc(o, func(a, b member) int { return strings.Compare(a.key, b.key) })
+		sort.Slice(o, func(i, j int) bool { return o[i].key < o[j].key })
 		return appendJSON(b, o)
 	}
 	return appendString(b, fmt.Sprint(v))
