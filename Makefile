@@ -8,6 +8,8 @@ GO       ?= $(shell .ci/deps --go)
 CMD      ?= uname -a
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS  := -s -w -X main.version=$(VERSION)
+# Where there is no /dev/kvm, an emulated host has one.
+KVMHOST  := $(shell [ -r /dev/kvm ] && [ -w /dev/kvm ] || echo .ci/kvmhost --)
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := help
@@ -30,8 +32,8 @@ kernel: build ## build the guest kernel, or find it in the cache
 
 run: build ## boot a guest and run CMD in it
 	@$(BIN)/gondola kernel build
-	@$(BIN)/gondola doctor
-	$(BIN)/gondola run -- $(CMD)
+	@$(if $(KVMHOST),echo "this machine has no usable /dev/kvm: an emulated host has one ($(KVMHOST), some 10 s)" && $(BIN)/gondola userland build uroot)
+	@$(KVMHOST) bash -c '"$$0" doctor && echo "gondola run -- $$*" && "$$0" run -- "$$@"' $(BIN)/gondola $(CMD)
 
 shell: build ## boot a guest with an interactive shell
 	@$(BIN)/gondola run

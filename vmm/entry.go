@@ -15,7 +15,8 @@ const (
 	cr0NE = 1 << 5
 	cr0PG = 1 << 31
 
-	cr4PAE = 1 << 5
+	cr4PAE     = 1 << 5
+	cr4OSXSAVE = 1 << 18
 
 	eferLME = 1 << 8
 	eferLMA = 1 << 10

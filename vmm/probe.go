@@ -85,7 +85,8 @@ func probe(sys *kvm.System) (r HostReport, err error) {
 	if err != nil {
 		return r, err
 	}
-	vm, err := sys.CreateVM()
+	limit(&entry, cpuid)
+	vm, err := createVM(sys)
 	if err != nil {
 		return r, err
 	}
@@ -223,4 +224,24 @@ func probeCache() string {
 		return ""
 	}
 	return filepath.Join(dir, "host", fmt.Sprintf("%s-%x-%x.json", strings.TrimSpace(string(id)), st.Ino, st.Ctim.Nano()))
+}
+
+// limit takes from a probe guest's entry state what the processor does not have:
+// KVM refuses such registers, and the probe guest reports the faults.
+func limit(e *firmware.Entry, cpuid []kvm.CPUIDEntry) {
+	var xsave bool
+	var xcr0 uint64
+	for _, c := range cpuid {
+		switch {
+		case c.Function == 1:
+			xsave = c.ECX>>26&1 == 1
+		case c.Function == 0xd && c.Index == 0:
+			xcr0 = uint64(c.EDX)<<32 | uint64(c.EAX)
+		}
+	}
+	if !xsave {
+		e.CR4 &^= cr4OSXSAVE
+		xcr0 = 0
+	}
+	e.XCR0 &= xcr0
 }

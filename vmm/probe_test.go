@@ -6,6 +6,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/gondola-vmm/gondola/firmware"
+	"github.com/gondola-vmm/gondola/vmm/kvm"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
@@ -30,4 +32,23 @@ func TestProbe(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, r.Kind, again)
 	t.Logf("%s in %v: %+v", r.Host, r.Took, r.Steps)
+}
+
+// A processor without AVX or without XSAVE is no reason to fail.
+func TestProbeLimit(t *testing.T) {
+	entry := firmware.Entry{CR4: 1<<9 | cr4OSXSAVE, XCR0: 7}
+	for _, c := range []struct {
+		name  string
+		cpuid []kvm.CPUIDEntry
+		want  firmware.Entry
+	}{
+		{"all", []kvm.CPUIDEntry{{Function: 1, ECX: 1 << 26}, {Function: 0xd, EAX: 0x207}}, entry},
+		{"no AVX", []kvm.CPUIDEntry{{Function: 1, ECX: 1 << 26}, {Function: 0xd, EAX: 3}, {Function: 0xd, Index: 1, EAX: 7}}, firmware.Entry{CR4: entry.CR4, XCR0: 3}},
+		{"no XSAVE", []kvm.CPUIDEntry{{Function: 1}, {Function: 0xd, EAX: 7}}, firmware.Entry{CR4: 1 << 9}},
+		{"old", nil, firmware.Entry{CR4: 1 << 9}},
+	} {
+		e := entry
+		limit(&e, c.cpuid)
+		assert.Equal(t, c.want, e, c.name)
+	}
 }

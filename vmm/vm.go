@@ -19,6 +19,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/gondola-vmm/gondola/devices"
 	"github.com/gondola-vmm/gondola/devices/bus"
 	"github.com/gondola-vmm/gondola/devices/legacy"
@@ -89,14 +91,16 @@ type quiescer interface {
 	Resume() // goes on
 }
 
-// required are the capabilities without which no machine runs.
+// required are the capabilities without which no machine runs. KVM_CAP_XCRS is not
+// one: KVM lacks it where the processor has no XSAVE, and then nothing needs it.
 var required = []kvm.Cap{
 	kvm.CapUserMemory, kvm.CapExtCPUID, kvm.CapImmediateExit, kvm.CapIRQChip, kvm.CapPIT2, kvm.CapIRQFD, kvm.CapIOEventFD,
-	kvm.CapVCPUEvents, kvm.CapXSave, kvm.CapXCRs, kvm.CapMPState, kvm.CapAdjustClock, kvm.CapSetTSSAddr, kvm.CapSetIdentityMapAddr,
+	kvm.CapVCPUEvents, kvm.CapXSave, kvm.CapMPState, kvm.CapAdjustClock, kvm.CapSetTSSAddr, kvm.CapSetIdentityMapAddr,
 }
 
 // pvmRequired are the capabilities that a PVM host needs on top.
-var pvmRequired = []kvm.Cap{kvm.CapSyncRegs, kvm.CapX86UserSpaceMSR, kvm.CapX86MSRFilter, kvm.CapExitOnEmulationFailure}
+var pvmRequired = []kvm.Cap{
+	kvm.CapXCRs, kvm.CapSyncRegs, kvm.CapX86UserSpaceMSR, kvm.CapX86MSRFilter, kvm.CapExitOnEmulationFailure}
 
 // RequiredCaps are the KVM capabilities without which no machine runs on any host.
 func RequiredCaps() []kvm.Cap { return slices.Clone(required) }
@@ -162,7 +166,7 @@ func (vm *VM) create(sys *kvm.System) (err error) {
 	if vm.mem, err = mem.New(vm.cfg.Memory, mem.Options{HugePages: vm.cfg.HugePages}); err != nil {
 		return err
 	}
-	if vm.kvm, err = sys.CreateVM(); err != nil {
+	if vm.kvm, err = createVM(sys); err != nil {
 		return err
 	}
 	if vm.host == HostPVM {
@@ -190,6 +194,16 @@ func (vm *VM) create(sys *kvm.System) (err error) {
 	}
 	vm.pio, vm.mmio = bus.NewPorts(), bus.NewMMIO()
 	return nil
+}
+
+// createVM is KVM_CREATE_VM, which a signal interrupts on a hardware host (it waits
+// for other tasks' mm locks); the Go runtime sends itself signals all the time.
+func createVM(sys *kvm.System) (*kvm.VM, error) {
+	for {
+		if vm, err := sys.CreateVM(); !errors.Is(err, unix.EINTR) {
+			return vm, err
+		}
+	}
 }
 
 // mapMemory makes a memslot of each region of RAM.
