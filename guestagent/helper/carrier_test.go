@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"math"
+	"math/rand/v2"
 	"os"
 	"testing"
 	"time"
@@ -270,22 +271,20 @@ func TestOpenWithout(t *testing.T) {
 // helper's share is what vmstate's BenchmarkRoundTrip takes more. In a guest that has
 // port A and port B, and no helper, the real ones are measured as well (docs/vmstate.md).
 func BenchmarkCarrier(b *testing.B) {
-	request, err := (&ports.Request{ID: 1, Op: "ping"}).Append(nil)
-	require.NoError(b, err)
 	names := []string{"pipes", "ports", "region"}
-	real := map[string]Carrier{}
-	for name, open := range map[string]func() (Carrier, error){
+	real := map[string]func() (Carrier, error){
 		"guest-virtio-serial": func() (Carrier, error) { return OpenSerial("gondola.a", "gondola.b") },
 		"guest-ports":         func() (Carrier, error) { return OpenPorts(portBase) },
-	} {
+	}
+	for name, open := range real {
 		if c, err := open(); err == nil {
-			defer c.Close()
-			real[name], names = c, append(names, name)
+			require.NoError(b, c.Close())
+			names = append(names, name)
 		}
 	}
 	for _, name := range names {
 		b.Run(name, func(b *testing.B) {
-			c := real[name]
+			var c Carrier
 			switch name {
 			case "pipes":
 				p := newPipes()
@@ -295,12 +294,36 @@ func BenchmarkCarrier(b *testing.B) {
 				c, _ = newPortCarrier(b, ports.MaxFrame)
 			case "region":
 				c, _ = newRegionCarrier(b, sharedregion.DefaultSize)
-			}
-			dec := proto.NewDecoder(c)
-			for b.Loop() {
-				require.NoError(b, c.Send(request))
-				_, err := dec.Next()
+			default:
+				var err error
+				c, err = real[name]()
 				require.NoError(b, err)
+				defer c.Close()
+			}
+			// Events of other carriers' requests come here, too.
+			ids, done := make(chan uint32), make(chan struct{})
+			defer close(done)
+			go func() {
+				for dec := proto.NewDecoder(c); ; {
+					f, err := dec.Next()
+					if err != nil {
+						return
+					}
+					select {
+					case ids <- f.ID:
+					case <-done:
+						return
+					}
+				}
+			}()
+			id := rand.Uint32()
+			for b.Loop() {
+				id = max(1, id+1)
+				request, err := (&ports.Request{ID: id, Op: "ping"}).Append(nil)
+				require.NoError(b, err)
+				require.NoError(b, c.Send(request))
+				for <-ids != id {
+				}
 			}
 		})
 	}

@@ -10,6 +10,3 @@ func in32(port uint16) uint32
 
 //go:noescape
 func out32(port uint16, v uint32)
-
-//go:noescape
-func out8(port uint16, v uint8)

@@ -13,10 +13,3 @@ TEXT ·out32(SB), NOSPLIT, $0-8
 	MOVL	v+4(FP), AX
 	OUTL
 	RET
-
-// func out8(port uint16, v uint8)
-TEXT ·out8(SB), NOSPLIT, $0-3
-	MOVW	port+0(FP), DX
-	MOVB	v+2(FP), AX
-	OUTB
-	RET

@@ -10,10 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
-	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
@@ -116,10 +113,7 @@ func (w *waitFlag) Set(s string) error {
 func duration(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	if err != nil {
-		var n float64
-		if n, err = strconv.ParseFloat(s, 64); err == nil {
-			d = time.Duration(n * float64(time.Second))
-		}
+		d, err = time.ParseDuration(s + "s")
 	}
 	if err != nil || d < 0 {
 		return 0, fmt.Errorf("%q is no duration: try 10s, 500ms or 2m", s)
@@ -143,9 +137,7 @@ func wrong(format string, args ...any) error {
 // Main runs vmstate with these arguments, without its own name, and returns its exit
 // code.
 func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	return Run(ctx, args, stdin, stdout, stderr)
+	return Run(context.Background(), args, stdin, stdout, stderr)
 }
 
 // Run is Main until ctx ends.

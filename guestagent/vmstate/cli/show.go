@@ -313,7 +313,7 @@ func (c *command) events(ctx context.Context, name string, f func(vmstate.Event)
 				return err
 			}
 		case <-ctx.Done():
-			return nil // interrupted, which is how it ends without --count
+			return nil // the caller's end; a signal ends the process
 		}
 	}
 	return nil
