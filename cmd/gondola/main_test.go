@@ -61,6 +61,7 @@ func TestUsage(t *testing.T) {
 		{[]string{"run", "--env", "=x"}, "want NAME=VALUE"},
 		{[]string{"run", "--debug", "everything"}, "choose of exits, cmdline, times, log"},
 		{[]string{"run", "--nonsense"}, "unknown flag"},
+		{[]string{"run", "--acpi", "--", "true"}, "the guest kernel has no ACPI"},
 		{[]string{"version", "extra"}, "unknown command"},
 		{[]string{"kernel", "info", "extra"}, "unknown command"},
 	} {

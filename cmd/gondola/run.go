@@ -101,7 +101,7 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.BoolVarP(&f.quiet, "quiet", "q", false, "no progress on standard error")
 	fl.BoolVar(&f.noHostCmdline, "no-host-cmdline", false, "leave out what a PVM host adds to the command line")
 	fl.BoolVar(&f.selfDecompress, "self-decompress", false, "let a bzImage unpack itself (slow)")
-	fl.BoolVar(&f.acpi, "acpi", false, "announce virtio devices by ACPI, not on the command line")
+	fl.BoolVar(&f.acpi, "acpi", false, "announce virtio devices by ACPI, not on the command line (for --kernel)")
 	fl.BoolVar(&f.rng, "rng", false, "attach a virtio entropy device")
 	fl.BoolVar(&f.noPorts, "no-ports", false, "no port A and port B: programs in the guest cannot ask the machine for anything")
 	fl.DurationVar(&f.timeout, "timeout", 0, "end the machine after this time, with exit code 124")
@@ -158,6 +158,9 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 	}
 	if err := control.CheckName(f.name); err != nil {
 		return cfg, usageError{fmt.Errorf("--name: %w", err)}
+	}
+	if f.acpi && f.kernel == "" {
+		return cfg, usageError{errors.New("--acpi: the guest kernel has no ACPI, it would not find its devices: give --kernel a kernel that has it")}
 	}
 	if f.detach && (cfg.Console != guest.NoConsole || f.tty) {
 		return cfg, usageError{errors.New("--detach leaves no terminal for --console or --tty: use gondola exec -t")}
