@@ -29,7 +29,7 @@ const (
 	framePages   = 3 // first page, count, zstd
 	frameEnd     = 4 // number of pages
 
-	exportPages = 256 // at most in a frame
+	exportPages = chunkSize / pageSize // at most in a frame
 )
 
 // Export writes a state to out as one file that needs no other: sections and
@@ -81,7 +81,9 @@ func (s *Store) Export(ctx context.Context, name string, out io.Writer) (err err
 		}
 	}
 	var pages uint64
-	buf := make([]byte, exportPages*pageSize)
+	c := chunks.Get().(*chunk)
+	defer chunks.Put(c)
+	buf := c[:]
 	// Pages that are adjacent go together, wherever they are stored.
 	for _, r := range st.memory.Data() {
 		for off := uint64(0); off < r.Size; {
@@ -266,7 +268,9 @@ func (s *Store) importState(ctx context.Context, in io.Reader, name string) (inf
 // frames reads the frames after the record.
 func (r *frameReader) frames(w *Writer) error {
 	var pages, last uint64
-	buf := make([]byte, exportPages*pageSize)
+	c := chunks.Get().(*chunk)
+	defer chunks.Put(c)
+	buf := c[:]
 	le := binary.LittleEndian
 	for {
 		if w.ctx.Err() != nil {
