@@ -12,97 +12,38 @@ import (
 	"github.com/gondola-vmm/gondola/vmm/mem"
 )
 
-// A run of up to smallRun pages is read into memory rather than mapped: a mapping
-// of its own costs more than the copy.
-const smallRun = 16
-
 // maxMappings bounds the mappings of one Map; Linux's own bound for a process is
-// 65530 (vm.max_map_count). Beyond it the shortest runs are read.
+// 65530 (vm.max_map_count). Beyond it the shortest runs of pages are read into
+// memory, which costs more than a mapping: a page fault for each page.
 const maxMappings = 8192
 
-// plan says how to make the pages of m's places in [page, page+n): what to map,
-// and then what to read over it. A file's run goes on across up to smallRun pages
-// that are others', if it comes back in step after them.
+// plan says how to make the pages [page, page+n): what to map, at most so many
+// runs, and what to read. All others are zero.
 func (m *Memory) plan(page, n uint64, most int) (maps, reads []place) {
-	// in is what is laid over the last mapping, in steps.
-	type run struct {
-		place
-		over []place
-	}
-	var runs []run
+	var runs []place
 	i := findExtent(len(m.places), func(i int) uint64 { return m.places[i].end() }, page)
-	var gap []place // since the end of the last run
-	at := page      // the end of what was looked at
 	for end := page + n; i < len(m.places) && m.places[i].page < end; i++ {
 		p := m.places[i].cut(page, end)
-		if p.page > at && len(runs) != 0 {
-			gap = append(gap, place{page: at, count: p.page - at})
-		}
-		at = p.end()
-		// The run that p continues, if there is one.
-		if k := len(runs) - 1; k >= 0 {
-			l := &runs[k]
-			if l.data == p.data && p.page-l.page == p.slot-l.slot && p.slot >= l.slot && p.page-l.end() <= smallRun {
-				l.over = append(l.over, gap...)
-				l.count = p.end() - l.page
-				gap = gap[:0]
-				continue
-			}
-		}
-		// A short run may be a patch in a longer one: it waits, if there
-		// is still room for it in the gap.
-		if k := len(runs) - 1; k >= 0 && p.count <= smallRun && p.end()-runs[k].end() <= smallRun {
-			gap = append(gap, p)
+		if k := len(runs) - 1; k >= 0 && runs[k].data == p.data && runs[k].end() == p.page && runs[k].slot+runs[k].count == p.slot {
+			runs[k].count += p.count // of another origin
 			continue
 		}
-		for _, g := range gap {
-			if g.data != nil {
-				runs = append(runs, run{place: g})
-			}
-		}
-		gap = gap[:0]
-		runs = append(runs, run{place: p})
+		runs = append(runs, p)
 	}
-	for _, g := range gap {
-		if g.data != nil {
-			runs = append(runs, run{place: g})
-		}
+	if len(runs) <= most {
+		return runs, nil
 	}
 	// The longest runs are mapped.
-	mapped := 0
-	least := uint64(smallRun + 1)
-	for _, r := range runs {
-		if r.count >= least {
-			mapped++
-		}
+	counts := make([]uint64, len(runs))
+	for i, r := range runs {
+		counts[i] = r.count
 	}
-	if mapped > most {
-		counts := make([]uint64, len(runs))
-		for i, r := range runs {
-			counts[i] = r.count
-		}
-		slices.SortFunc(counts, func(a, b uint64) int { return cmp.Compare(b, a) })
-		least = counts[most] + 1
-	}
+	slices.SortFunc(counts, func(a, b uint64) int { return cmp.Compare(b, a) })
 	for _, r := range runs {
-		if r.count >= least {
-			maps = append(maps, r.place)
-			reads = append(reads, r.over...)
-			continue
-		}
-		// The run's own pieces, and not what it runs across.
-		at := r.page
-		for _, o := range r.over {
-			if o.page > at {
-				reads = append(reads, r.cut(at, o.page))
-			}
-			if o.data != nil {
-				reads = append(reads, o)
-			}
-			at = o.end()
-		}
-		if at < r.end() {
-			reads = append(reads, r.cut(at, r.end()))
+		if r.count > counts[most] {
+			maps = append(maps, r)
+		} else {
+			reads = append(reads, r)
 		}
 	}
 	return maps, reads
@@ -118,7 +59,7 @@ func (m *Memory) plan(page, n uint64, most int) (maps, reads []place) {
 // fails, the memory holds anything.
 //
 // Pages that are mapped are not checked as they arrive: Verify does that. Those
-// that are copied, short runs, are.
+// that are copied, because there would be too many mappings, are.
 func (m *Memory) Map(addr unsafe.Pointer, gpa mem.Addr, size uint64) error {
 	page, err := m.inRAM(gpa, size)
 	if err != nil {
@@ -142,9 +83,7 @@ func (m *Memory) Map(addr unsafe.Pointer, gpa mem.Addr, size uint64) error {
 	}
 	for _, p := range reads {
 		b := unsafe.Slice((*byte)(unsafe.Add(addr, (p.page-page)*pageSize)), p.count*pageSize)
-		if p.data == nil {
-			clear(b)
-		} else if err := p.data.pages(b, p.slot, p.page); err != nil {
+		if err := p.data.pages(b, p.slot, p.page); err != nil {
 			return err
 		}
 	}
