@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"math"
 	"slices"
 	"strings"
 	"time"
@@ -313,12 +312,4 @@ func (r *record) clone() *record {
 	c := *r
 	c.Tags, c.Machine, c.Memory = slices.Clone(r.Tags), maps.Clone(r.Machine), slices.Clone(r.Memory)
 	return &c
-}
-
-// totalPages is how many pages of RAM there are.
-func totalPages(ss []span) (n uint64) {
-	for _, s := range ss {
-		n += s.Count
-	}
-	return min(n, math.MaxInt64/pageSize)
 }
