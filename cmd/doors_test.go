@@ -40,6 +40,7 @@ var doors = map[string][]string{
 	"snapshot/ports":       {"guestagent/proto"},
 	"snapshot/service":     {"snapshot/auth", "snapshot/ports", "guestagent/proto"},
 	"snapshot/monitor":     {"snapshot/auth", "snapshot/service"},
+	"snapshot/store":       {"vmm/mem"},
 	"scheduler":            {"scheduler/..."},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},
