@@ -103,7 +103,7 @@ func (c *Conn) newDecoder() {
 // side has become another one.
 func (c *Conn) anew() {
 	c.mu.Lock()
-	c.endSession(fmt.Errorf("%w: the guest was put back to a saved state", ErrReset))
+	c.endSession(fmt.Errorf("%w: %w", ErrReset, ErrBreak))
 	c.self, c.peer = nonce(), 0
 	c.out.purge()
 	hello := c.helloFrame()

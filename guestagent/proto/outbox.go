@@ -28,7 +28,7 @@ type outbox struct {
 	idle   bool // the writer has written all it took
 	// onBreak is called when what was written last is lost (ErrBreak).
 	onBreak func()
-	free   [][]byte
+	free    [][]byte
 }
 
 // Written frames of a size worth keeping are used again, so that a stream does
