@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -47,6 +48,9 @@ const (
 
 const stateVersion = 1
 
+// maxPartName bounds the name of a device in a section's, in bytes.
+const maxPartName = 40
+
 // part is a device that has, or should have, a state.
 type part struct {
 	name string
@@ -61,9 +65,17 @@ func (vm *VM) addPart(name string, h any) {
 	if _, ok := h.(interface{ stateless() }); ok {
 		return
 	}
+	// A section's name is printable ASCII without spaces.
+	name = strings.Map(func(r rune) rune {
+		if r <= ' ' || r >= 0x7f {
+			return '-'
+		}
+		return r
+	}, name)
+	name = name[:min(len(name), maxPartName)]
 	base := name
 	for n := 2; slices.ContainsFunc(vm.parts, func(p part) bool { return p.name == name }); n++ {
-		name = fmt.Sprintf("%s %d", base, n)
+		name = fmt.Sprintf("%s-%d", base, n)
 	}
 	dev, _ := h.(devices.Stateful)
 	vm.parts = append(vm.parts, part{name, dev})
@@ -598,7 +610,8 @@ func (vm *VM) Prepare(st *State) (*Prepared, error) {
 }
 
 // Load puts the machine into a state: memory is called to make guest memory that of
-// the state, then everything else is. When the machine goes on it does so as from
+// the state, then everything else is. What memory writes is no change for TakeDirty;
+// what changed before is the caller's to take first. When the machine goes on it does so as from
 // the moment of Save. An error of memory, or of KVM, leaves a machine that is neither
 // and ends its run; it matches ErrLoad.
 func (f *Frozen) Load(p *Prepared, memory func() error) (err error) {
@@ -614,6 +627,11 @@ func (f *Frozen) Load(p *Prepared, memory func() error) (err error) {
 	}()
 	if err := memory(); err != nil {
 		return err
+	}
+	if vm.tracking {
+		// KVM's log stays: from now on KVM itself writes where the guest's MSRs say.
+		vm.dropped = vm.mem.TakeDirty(vm.dropped)
+		clear(vm.dropped)
 	}
 	if vm.host == HostPVM {
 		if err := vm.remapMemory(); err != nil {

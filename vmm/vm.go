@@ -89,6 +89,7 @@ type VM struct {
 	// What follows belongs to whoever has the machine frozen.
 	tracking bool     // changes of memory are noted
 	dirtyLog []uint64 // for KVM's
+	dropped  []uint64 // for the VMM's own that do not count
 	msrs     []uint32 // that make up a vCPU's state
 }
 
