@@ -90,7 +90,7 @@ func NewConn(rw io.ReadWriteCloser, cfg Config) *Conn {
 		self: nonce(), changed: make(chan struct{}),
 	}
 	c.newDecoder()
-	c.out.onBreak = c.anew
+	c.out.onBreak = c.Anew
 	return c
 }
 
@@ -99,9 +99,10 @@ func (c *Conn) newDecoder() {
 	c.dec.onSkip = func() { c.restart("something that is no frame was") }
 }
 
-// anew ends the session, if there is one, and asks for another, because the other
-// side has become another one.
-func (c *Conn) anew() {
+// Anew ends the session, if there is one, and asks for another, because the other
+// side has become another one or is about to: what is under way fails with ErrReset,
+// and what is begun from now on waits for the new session.
+func (c *Conn) Anew() {
 	c.mu.Lock()
 	c.endSession(fmt.Errorf("%w: %w", ErrReset, ErrBreak))
 	c.self, c.peer = nonce(), 0
@@ -281,7 +282,7 @@ func (c *Conn) read() error {
 		if errors.Is(err, ErrBreak) {
 			skipped += c.dec.Skipped()
 			c.newDecoder()
-			c.anew()
+			c.Anew()
 			continue
 		}
 		if err != nil {

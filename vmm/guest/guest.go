@@ -376,6 +376,9 @@ func (g *Guest) Renew() {
 	id := make([]byte, 16)
 	_, _ = rand.Read(id) // never fails
 	g.generation.Store(&id)
+	if g.agent != nil {
+		g.agent.Conn().Anew()
+	}
 }
 
 // Ready waits until the agent answers. If the guest ends first, or ctx does, the
