@@ -23,8 +23,8 @@ import (
 
 var ctx = context.Background()
 
-// ram is the memory of most tests' machines: two ranges, 64 and 16 pages.
-var ram = []mem.Range{{Start: 0, Size: 64 * pageSize}, {Start: mem.HoleEnd, Size: 16 * pageSize}}
+// ram is the memory of most tests' machines: two ranges, 24 and 8 pages.
+var ram = []mem.Range{{Start: 0, Size: 24 * pageSize}, {Start: mem.HoleEnd, Size: 8 * pageSize}}
 
 func pagesOf(rs []mem.Range) (ps []mem.Addr) {
 	for _, r := range rs {
@@ -39,9 +39,8 @@ func pagesOf(rs []mem.Range) (ps []mem.Addr) {
 func page(seed uint64) []byte {
 	b := make([]byte, pageSize)
 	if seed != 0 {
-		r := rand.New(rand.NewPCG(seed, 1))
-		for i := 0; i < len(b); i += 64 {
-			b[i] = byte(r.Uint32())
+		for i := 64; i < len(b); i += 64 {
+			b[i] = byte(seed >> (i / 64 % 3 * 8))
 		}
 		b[1], b[2], b[3], b[4] = byte(seed), byte(seed>>8), byte(seed>>16), 1
 	}
@@ -144,8 +143,8 @@ func names(t testing.TB, s *Store) []string {
 func TestSaveAndRead(t *testing.T) {
 	dir := newDir(t)
 	s := openStore(t, dir, Options{})
-	a := map[mem.Addr]uint64{0: 1, 0x1000: 2, 0x5000: 3, mem.HoleEnd: 4, mem.HoleEnd + 0xf000: 5}
-	b := map[mem.Addr]uint64{0x1000: 0, 0x5000: 6, 0x3f000: 7}
+	a := map[mem.Addr]uint64{0: 1, 0x1000: 2, 0x5000: 3, mem.HoleEnd: 4, mem.HoleEnd + 0x7000: 5}
+	b := map[mem.Addr]uint64{0x1000: 0, 0x5000: 6, 0x17000: 7}
 	save(t, s, "a", "", a)
 	i := save(t, s, "b", "a", b)
 	assert.Equal(t, "a", i.Parent)
@@ -181,13 +180,13 @@ func TestPagesInAnyOrder(t *testing.T) {
 	}
 	save(t, s, "base", "", base)
 	r := rand.New(rand.NewPCG(1, 2))
-	for round := range 20 {
+	for round := range 12 {
 		w, err := s.Create(ctx, Meta{Name: fmt.Sprint(round), Parent: "base", Memory: ram})
 		require.NoError(t, err)
 		w.CompareWithParent(round%2 == 0)
 		now := map[mem.Addr]uint64{}
 		for range 300 {
-			a := pagesOf(ram)[r.IntN(80)]
+			a := pagesOf(ram)[r.IntN(32)]
 			now[a] = uint64(r.IntN(4)) * r.Uint64N(1000)
 			if r.IntN(3) == 0 {
 				now[a] = base[a]
@@ -241,7 +240,7 @@ func TestRefuses(t *testing.T) {
 	require.NoError(t, err)
 	assert.ErrorIs(t, w.Page(0, make([]byte, 100)), ErrRange)
 	assert.ErrorIs(t, w.Page(1, make([]byte, 4096)), ErrRange)
-	assert.ErrorIs(t, w.Pages(63*pageSize, make([]byte, 8192)), ErrRange)
+	assert.ErrorIs(t, w.Pages(23*pageSize, make([]byte, 8192)), ErrRange)
 	assert.ErrorIs(t, w.Page(0xffff_ffff_ffff_f000, make([]byte, 4096)), ErrRange)
 	assert.ErrorIs(t, w.Section("", 1, nil), ErrMeta)
 	assert.ErrorIs(t, w.Section("a b", 1, nil), ErrMeta)
@@ -265,17 +264,17 @@ func TestRefuses(t *testing.T) {
 func TestMap(t *testing.T) {
 	s := openStore(t, newDir(t), Options{MaxDepth: 8})
 	r := rand.New(rand.NewPCG(3, 4))
-	size := uint64(2048 * pageSize)
+	size := uint64(1024 * pageSize)
 	memory := []mem.Range{{Start: 0x10000, Size: size}}
 	model := make([]byte, size)
 	parent := ""
-	for round := range 20 {
+	for round := range 12 {
 		name := fmt.Sprint(round)
 		w, err := s.Create(ctx, Meta{Name: name, Parent: parent, Memory: memory})
 		require.NoError(t, err)
 		for range 1 + r.IntN(40) {
-			at, n := r.Uint64N(2048), 1+r.Uint64N(1<<r.Uint64N(8))
-			n = min(n, 2048-at)
+			at, n := r.Uint64N(1024), 1+r.Uint64N(1<<r.Uint64N(8))
+			n = min(n, 1024-at)
 			b := model[at*pageSize : (at+n)*pageSize]
 			for i := range n {
 				copy(b[i*pageSize:], page(uint64(r.IntN(5))*r.Uint64N(1<<20)))
@@ -292,7 +291,7 @@ func TestMap(t *testing.T) {
 		for _, most := range []int{maxMappings, 3, 0} {
 			// The plan by itself, with few mappings, done by hand.
 			got := make([]byte, size)
-			maps, reads := st.Memory().plan(0x10, 2048, most)
+			maps, reads := st.Memory().plan(0x10, 1024, most)
 			assert.LessOrEqual(t, len(maps), most)
 			for _, p := range slices.Concat(maps, reads) {
 				b := got[(p.page-0x10)*pageSize : (p.end()-0x10)*pageSize]
@@ -320,15 +319,15 @@ func TestDiff(t *testing.T) {
 	s := openStore(t, newDir(t), Options{MaxDepth: 3})
 	save(t, s, "0", "", map[mem.Addr]uint64{0: 1, 0x1000: 2, mem.HoleEnd: 3})
 	r := rand.New(rand.NewPCG(5, 6))
-	for i := 1; i < 30; i++ {
+	for i := 1; i < 14; i++ {
 		pages := map[mem.Addr]uint64{}
 		for range r.IntN(6) {
-			pages[pagesOf(ram)[r.IntN(80)]] = uint64(r.IntN(3)) * r.Uint64N(100)
+			pages[pagesOf(ram)[r.IntN(32)]] = uint64(r.IntN(3)) * r.Uint64N(100)
 		}
 		save(t, s, fmt.Sprint(i), fmt.Sprint(r.IntN(i)), pages)
 	}
 	var states []*State
-	for i := range 30 {
+	for i := range 14 {
 		st, err := s.Get(ctx, fmt.Sprint(i))
 		require.NoError(t, err)
 		defer st.Close()

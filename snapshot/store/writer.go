@@ -17,7 +17,12 @@ import (
 // chunkSize is how much is written at a time, in bytes.
 const chunkSize = 1 << 20
 
-// leaf is 2 MiB of guest memory in a Writer's page table.
+type chunk [chunkSize]byte
+
+// chunks are buffers that no save uses at present.
+var chunks = sync.Pool{New: func() any { return new(chunk) }}
+
+// leafPages is how many pages, 2 MiB, one table of a Writer has.
 const leafPages = 512
 
 const (
@@ -249,7 +254,7 @@ func (w *Writer) page(page uint64, data []byte) error {
 			return context.Cause(w.ctx)
 		}
 		if w.cur.buf == nil {
-			w.cur.buf = make([]byte, 0, chunkSize)
+			w.cur.buf = chunks.Get().(*chunk)[:0]
 		}
 	}
 	l := len(w.cur.buf)
@@ -500,6 +505,15 @@ func (w *Writer) stop() {
 		close(w.jobs)
 		w.done.Wait()
 		w.jobs = nil
+		if w.cur.buf != nil {
+			w.buffers <- w.cur.buf
+			w.cur.buf = nil
+		}
+		for range len(w.buffers) {
+			if b := <-w.buffers; b != nil {
+				chunks.Put((*chunk)(b[:chunkSize]))
+			}
+		}
 	}
 }
 
@@ -541,7 +555,9 @@ func copyPlaces(ctx context.Context, b *build, places []place, own *dataFile, fu
 	var es []extent
 	var origins []ID
 	index := map[ID]uint32{}
-	buf := make([]byte, chunkSize)
+	c := chunks.Get().(*chunk)
+	defer chunks.Put(c)
+	buf := c[:]
 	for _, p := range places {
 		o, ok := index[p.origin]
 		if !ok {
