@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -40,7 +41,7 @@ $XDG_DATA_HOME/gondola/states/MACHINE or ~/.local/share/gondola/states/MACHINE.`
   gondola state tree dev`,
 	}
 	c.AddCommand(stateSaveCommand(), stateRestoreCommand(), stateListCommand(), stateTreeCommand(), stateShowCommand(),
-		stateRemoveCommand(), stateDescribeCommand(), stateVerifyCommand())
+		stateRemoveCommand(), stateDescribeCommand(), stateVerifyCommand(), stateExportCommand(), stateImportCommand())
 	return c
 }
 
@@ -515,5 +516,92 @@ func stateVerifyCommand() *cobra.Command {
 		},
 	}
 	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "say nothing but what is wrong")
+	return c
+}
+
+func stateExportCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "export MACHINE STATE FILE",
+		Short: "Write a state to one file that needs no other; - is standard output",
+		Example: `  gondola state export dev clean clean.gds
+  gondola state export dev clean - | ssh other gondola state import dev -`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) != 3 {
+				return usageError{errors.New("gondola state export takes the names of a machine, of a state and of a file")}
+			}
+			return checkState(args[1])
+		},
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
+			if len(args) > 1 {
+				return nil, cobra.ShellCompDirectiveDefault
+			}
+			return completeState(cmd, args, word)
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			return withStates(args[0], func(s *store.Store) error {
+				if args[2] == "-" {
+					return s.Export(ctx, args[1], cmd.OutOrStdout())
+				}
+				// Under another name until it is whole.
+				f, err := os.CreateTemp(filepath.Dir(args[2]), ".export-*")
+				if err != nil {
+					return err
+				}
+				defer os.Remove(f.Name()) // fails if it has its name
+				if err := errors.Join(s.Export(ctx, args[1], f), f.Sync(), f.Close()); err != nil {
+					return err
+				}
+				return os.Rename(f.Name(), args[2])
+			})
+		},
+	}
+}
+
+func stateImportCommand() *cobra.Command {
+	var name string
+	c := &cobra.Command{
+		Use:     "import [flags] MACHINE FILE",
+		Short:   "Take a state from a file that export wrote; - is standard input",
+		Example: "  gondola state import dev clean.gds --name clean2",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) != 2 {
+				return usageError{errors.New("gondola state import takes the names of a machine and of a file")}
+			}
+			if err := control.CheckName(args[0]); err != nil {
+				return usageError{err}
+			}
+			if name != "" {
+				return checkState(name)
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			in := cmd.InOrStdin()
+			if args[1] != "-" {
+				f, err := os.Open(args[1])
+				if err != nil {
+					return err
+				}
+				defer f.Close()
+				in = f
+			}
+			s, err := openStates(args[0], true)
+			if err != nil {
+				return err
+			}
+			defer s.Close()
+			i, err := s.Import(ctx, in, name)
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), i.Name)
+			return err
+		},
+	}
+	c.Flags().StringVar(&name, "name", "", "name of the state here (default the one it was exported with)")
 	return c
 }
