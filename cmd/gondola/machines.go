@@ -108,6 +108,7 @@ type publication struct {
 type published struct {
 	home   *control.Home
 	server *control.Server
+	states *states
 }
 
 // publish makes a machine known under the configuration's name, which it changes
@@ -145,7 +146,9 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 			return nil, errors.Join(err, dir.Close(), home.Close())
 		}
 	}
+	states := newStates(dir.Name())
 	server, err := control.Serve(dir, control.Config{
+		Ops:  states.ops(),
 		Info: info, Log: log, Software: "gondola " + buildVersion(),
 		Interrupt: func() { p.interrupt(exitCode(128 + int(syscall.SIGTERM))) },
 	})
@@ -162,12 +165,21 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 	if p.background != nil {
 		cfg.Output = io.MultiWriter(cfg.Output, log)
 	}
-	return &published{home: home, server: server}, nil
+	return &published{home: home, server: server, states: states}, nil
+}
+
+// stateKeeper has the machine's states; nil: it has none.
+func (p *published) stateKeeper() *states {
+	if p == nil {
+		return nil
+	}
+	return p.states
 }
 
 // attach connects the machine when it runs.
 func (p *published) attach(g *guest.Guest, r *requests) {
 	if p != nil {
+		p.states.attach(g)
 		p.server.Attach(controlled{g, r})
 	}
 }
@@ -177,7 +189,7 @@ func (p *published) Close() {
 	if p == nil {
 		return
 	}
-	if err := errors.Join(p.server.Close(), p.home.Close()); err != nil {
+	if err := errors.Join(p.server.Close(), p.states.Close(), p.home.Close()); err != nil {
 		fmt.Fprintf(os.Stderr, "gondola: %v\n", err)
 	}
 }

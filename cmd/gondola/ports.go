@@ -5,6 +5,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/gondola-vmm/gondola/snapshot"
 	"github.com/gondola-vmm/gondola/snapshot/monitor"
 	"github.com/gondola-vmm/gondola/vmm/control"
 	"github.com/gondola-vmm/gondola/vmm/guest"
@@ -15,9 +16,14 @@ import (
 type requests struct{ *monitor.Monitor }
 
 // serveRequests makes the request service of the machine that cfg describes, whose
-// name is settled, and gives the machine the ports.
-func serveRequests(cfg *guest.Config) *requests {
-	m, err := monitor.New(monitor.Config{Machine: cfg.Name})
+// name is settled, and gives the machine the ports. s has the machine's states; nil:
+// it has none.
+func serveRequests(cfg *guest.Config, s *states) *requests {
+	c := monitor.Config{Machine: cfg.Name}
+	if s != nil {
+		c.Ops = snapshot.Ops(s.get)
+	}
+	m, err := monitor.New(c)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "gondola: programs in this guest cannot ask for anything (no port A and port B): %v\n", err)
 		return nil

@@ -218,7 +218,7 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	defer pub.Close()
 	var r *requests
 	if !f.noPorts {
-		r = serveRequests(&cfg)
+		r = serveRequests(&cfg, pub.stateKeeper())
 		defer r.Close()
 	}
 	g, err := guest.Start(ctx, cfg)

@@ -292,7 +292,7 @@ func (f *testExecFlags) inFresh(ctx context.Context, t testRun, copies []initram
 		return err
 	}
 	defer pub.Close()
-	r := serveRequests(&cfg)
+	r := serveRequests(&cfg, pub.stateKeeper())
 	defer r.Close()
 	g, err := guest.Start(ctx, cfg)
 	if errors.Is(err, initramfs.ErrDynamic) {

@@ -11,6 +11,7 @@ const (
 	OpMark     = "mark"      // MarkRequest → MarkResult
 	OpSave     = "save"      // SaveRequest → State
 	OpRestore  = "restore"   // RestoreRequest → the result of its Op
+	OpTree     = "tree"      // as list
 	OpDelete   = "delete"    // Name, no result
 	OpDescribe = "describe"  // DescribeRequest → State
 )

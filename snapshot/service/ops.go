@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/snapshot/auth"
 	"github.com/gondola-vmm/gondola/snapshot/ports"
 )
 
@@ -45,7 +47,42 @@ type Op func(ctx context.Context, c *Call) (result any, err error)
 
 // Call is a request that is being performed. Its credentials were right, where
 // they were needed.
-type Call struct{ ports.Request }
+type Call struct {
+	ports.Request
+
+	s        *Service
+	who      auth.Principal
+	verified bool
+}
+
+// May tells whether whoever asked may have another operation performed with this
+// one (S5.6); the error is the guest's.
+func (c *Call) May(op string) error {
+	if c.s == nil || c.s.op(op) == nil {
+		return errUnknownOp
+	}
+	if !slices.Contains(c.s.cfg.Anonymous, op) && !(c.verified && c.who.May(op)) {
+		return errNoRight
+	}
+	return nil
+}
+
+// Also performs another operation with this one, if May allows it.
+func (c *Call) Also(ctx context.Context, op string, args proto.RawMessage) (any, error) {
+	if err := c.May(op); err != nil {
+		return nil, err
+	}
+	other := *c
+	other.Op, other.Args = op, args
+	return c.s.op(op)(ctx, &other)
+}
+
+// PartialError is what an operation fails with that was done, but not all that was
+// asked for with it: the event is Done, with the error's code and message.
+type PartialError struct{ Err error }
+
+func (e *PartialError) Error() string { return e.Err.Error() }
+func (e *PartialError) Unwrap() error { return e.Err }
 
 // Arguments decodes the request's arguments into v, which it leaves alone if there
 // are none.

@@ -20,7 +20,7 @@ import (
 // call performs op as the service does, and decodes its result into v.
 func call(t *testing.T, op Op, args, v any) error {
 	t.Helper()
-	c := &Call{ports.Request{Principal: "ada"}}
+	c := &Call{Request: ports.Request{Principal: "ada"}}
 	if args != nil {
 		raw, err := proto.Marshal(args)
 		require.NoError(t, err)

@@ -256,14 +256,12 @@ func (s *Service) perform(j job) {
 	begin := time.Now()
 	e := ports.Event{ID: j.ID, Kind: ports.Done, Op: j.Op, Listener: j.Listener, Data: j.Data}
 	l := line{Carrier: j.carrier, ID: j.ID, Op: j.Op, Principal: j.Principal, From: j.From}
-	op, known := s.cfg.Ops[j.Op]
-	if j.Op == OpPing {
-		op, known = ping, true
-	}
+	c := &Call{Request: j.Request, s: s}
+	op := s.op(j.Op)
 	var err error
-	if !known {
-		e.Kind, err = ports.Failed, &proto.RemoteError{Code: proto.CodeUnknownOp, Message: "unknown operation"}
-	} else if l.verified, err = s.authorize(&j.Request); err != nil {
+	if op == nil {
+		e.Kind, err = ports.Failed, errUnknownOp
+	} else if c.who, c.verified, err = s.authorize(&j.Request); err != nil {
 		e.Kind = ports.Denied
 		s.denied.Add(1)
 	} else {
@@ -271,33 +269,47 @@ func (s *Service) perform(j job) {
 			s.raise(ports.Event{ID: j.ID, Kind: ports.Accepted, Op: j.Op, Listener: j.Listener})
 		}
 		var result any
-		if result, err = op(s.ctx, &Call{j.Request}); err == nil && result != nil {
+		if result, err = op(s.ctx, c); err == nil && result != nil {
 			e.Result, err = proto.Marshal(result)
 		}
-		if err != nil {
+		if err != nil && !errors.As(err, new(*PartialError)) {
 			e.Kind = ports.Failed
 		}
 	}
+	l.verified = c.verified
 	s.requests.Add(1)
 	s.forget(j.ID)
 	l.Millis = float64(time.Since(begin).Microseconds()) / 1e3
 	s.finish(e, err, l)
 }
 
+// Errors for the guest.
+var (
+	errUnknownOp = &proto.RemoteError{Code: proto.CodeUnknownOp, Message: "unknown operation"}
+	errNoRight   = &proto.RemoteError{Code: proto.CodePermission, Message: "no right to this operation"}
+)
+
+// op is the operation of that name, or nil.
+func (s *Service) op(name string) Op {
+	if name == OpPing {
+		return ping
+	}
+	return s.cfg.Ops[name]
+}
+
 // authorize tells whether the request may be performed; errors are for the guest.
-func (s *Service) authorize(r *ports.Request) (verified bool, err error) {
+func (s *Service) authorize(r *ports.Request) (p auth.Principal, verified bool, err error) {
 	open := slices.Contains(s.cfg.Anonymous, r.Op)
 	if r.Principal == "" && r.Secret == "" {
 		if open {
-			return false, nil
+			return p, false, nil
 		}
-		return false, &proto.RemoteError{Code: proto.CodePermission, Message: "this operation needs credentials"}
+		return p, false, &proto.RemoteError{Code: proto.CodePermission, Message: "this operation needs credentials"}
 	}
 	now := time.Now()
 	if wait := s.guard.wait(r.Principal, now); wait > 0 {
-		return false, &proto.RemoteError{Code: proto.CodeBusy, Message: fmt.Sprintf("too many wrong credentials: not looked at for another %v", wait.Round(time.Second))}
+		return p, false, &proto.RemoteError{Code: proto.CodeBusy, Message: fmt.Sprintf("too many wrong credentials: not looked at for another %v", wait.Round(time.Second))}
 	}
-	var p auth.Principal
 	err = auth.ErrDenied
 	if s.cfg.Auth != nil {
 		p, err = s.cfg.Auth.Verify(r.Principal, r.Secret)
@@ -305,15 +317,15 @@ func (s *Service) authorize(r *ports.Request) (verified bool, err error) {
 	switch {
 	case errors.Is(err, auth.ErrDenied):
 		s.guard.failed(r.Principal, now)
-		return false, &proto.RemoteError{Code: proto.CodePermission, Message: auth.ErrDenied.Error()}
+		return p, false, &proto.RemoteError{Code: proto.CodePermission, Message: auth.ErrDenied.Error()}
 	case err != nil:
-		return false, fmt.Errorf("verifying credentials: %w", err)
+		return p, false, fmt.Errorf("verifying credentials: %w", err)
 	}
 	s.guard.passed(r.Principal)
 	if !open && !p.May(r.Op) {
-		return true, &proto.RemoteError{Code: proto.CodePermission, Message: "no right to this operation"}
+		return p, true, errNoRight
 	}
-	return true, nil
+	return p, true, nil
 }
 
 // hostReason is what a guest is told of an error that only the host understands:

@@ -667,3 +667,55 @@ func FuzzPortA(f *testing.F) {
 		require.NoError(t, s.Close())
 	})
 }
+
+// An operation performed with another one needs its own right, and does not undo
+// the other if it fails (S5.6).
+func TestAlso(t *testing.T) {
+	who := &people{}
+	boom := &proto.RemoteError{Code: proto.CodeBusy, Message: "not now"}
+	s, p := newService(t, Config{Limits: unlimited, Auth: who, Ops: map[string]Op{
+		"echo": echo,
+		"del":  func(context.Context, *Call) (any, error) { return nil, boom },
+		"both": func(ctx context.Context, c *Call) (any, error) {
+			var also string
+			if err := c.Arguments(&also); err != nil {
+				return nil, err
+			}
+			if err := c.May(also); err != nil {
+				return nil, err
+			}
+			args, err := proto.Marshal(also)
+			if err != nil {
+				return nil, err
+			}
+			v, err := c.Also(ctx, also, args)
+			if err != nil {
+				return nil, &PartialError{err}
+			}
+			return v, nil
+		},
+	}, Anonymous: []string{"ping", "both"}})
+	for i, tc := range []struct {
+		who, also string
+		kind      ports.Kind
+		code      proto.Code
+	}{
+		{"", "ping", ports.Done, 0},
+		{"", "echo", ports.Failed, proto.CodePermission},
+		{"ada", "echo", ports.Done, 0},
+		{"ada", "del", ports.Failed, proto.CodePermission},
+		{"bob", "del", ports.Done, proto.CodeBusy},
+		{"bob", "nothing", ports.Failed, proto.CodeUnknownOp},
+	} {
+		args, err := proto.Marshal(tc.also)
+		require.NoError(t, err)
+		p.ask(t, ports.Request{ID: uint32(i + 1), Op: "both", Args: args, Principal: tc.who, Secret: tc.who})
+		e := p.event(t)
+		assert.Equal(t, tc.kind, e.Kind, "%+v: %+v", tc, e)
+		assert.Equal(t, tc.code, e.Code, "%+v: %+v", tc, e)
+		if tc.also == "echo" && tc.kind == ports.Done {
+			assert.EqualValues(t, args, e.Result)
+		}
+	}
+	assert.EqualValues(t, 6, s.Stats().Requests)
+}
