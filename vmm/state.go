@@ -454,7 +454,15 @@ func parseVCPU(s devices.State, m *machineState) (*cpuLoad, error) {
 func (c *vcpu) load(l *cpuLoad) error {
 	k := c.k
 	c.run.DirtyRegs = 0 // of the run area's registers, which are of another time
-	if err := errors.Join(k.SetSregs(&l.sregs), k.SetRegs(&l.regs), k.SetXCRs(&l.xcrs), k.SetXSaveFrom(l.xsave), k.SetDebugRegs(&l.debug)); err != nil {
+	if err := errors.Join(k.SetSregs(&l.sregs), k.SetRegs(&l.regs)); err != nil {
+		return err
+	}
+	if l.xcrs.NXCRs > 0 { // none where the processor has no XSAVE
+		if err := k.SetXCRs(&l.xcrs); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(k.SetXSaveFrom(l.xsave), k.SetDebugRegs(&l.debug)); err != nil {
 		return err
 	}
 	if l.lapic != nil {
