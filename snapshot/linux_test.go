@@ -1,6 +1,7 @@
 package snapshot_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"path/filepath"
@@ -12,7 +13,11 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/gondola-vmm/gondola/guestagent"
+	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/snapshot"
+	"github.com/gondola-vmm/gondola/snapshot/auth"
+	"github.com/gondola-vmm/gondola/snapshot/service"
 	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
@@ -85,5 +90,91 @@ func TestLinux(t *testing.T) {
 		require.NoError(t, err)
 	}
 	restore("two")
+	require.NoError(t, g.Shutdown(context.WithoutCancel(ctx)))
+}
+
+// anybody knows one principal.
+type anybody struct{}
+
+func (anybody) Verify(name, secret string) (auth.Principal, error) {
+	if name != "app" || secret != "s3cret" {
+		return auth.Principal{}, auth.ErrDenied
+	}
+	return auth.Principal{Name: name, Allow: []string{auth.All}}, nil
+}
+
+// Programs in a guest save it, put it back and switch branches, with no help from
+// outside: what changed since is undone, and a listener of the restored state gets
+// what was sent to its name in the other life, with the result of an operation
+// performed with the restore (spec S5.1 to S5.6).
+func TestLinuxFromInside(t *testing.T) {
+	g := vmmtest.Boot(t, guest.Config{Ports: true, Userland: initramfs.UserlandBusybox})
+	s, err := store.Open(filepath.Join(t.TempDir(), "states"), store.Options{Buffer: 64 << 20})
+	require.NoError(t, err)
+	defer s.Close()
+	m := snapshot.New(snapshot.Config{VM: g.VM(), Store: s, Restored: g.Renew})
+	defer m.Close()
+	ops := snapshot.Ops(func(context.Context) (*snapshot.Manager, error) { return m, nil })
+	ops[service.OpHostInfo] = service.HostInfo(t.TempDir())
+	requests := service.New(service.Config{Auth: anybody{}, Ops: ops})
+	defer requests.Close()
+	for _, c := range g.Carriers() {
+		require.NoError(t, requests.Attach(c.Name, c.A, c.B))
+	}
+	ctx := vmmtest.Context(t)
+	sh := func(script string) guestagent.Command {
+		return guestagent.Command{Args: []string{"sh", "-c", script}, Env: []string{"GONDOLA_PRINCIPAL=app", "GONDOLA_SECRET=s3cret"}}
+	}
+	good := func(script string) string {
+		t.Helper()
+		var out bytes.Buffer
+		c := sh(script)
+		c.Stdout, c.Stderr = &out, &out
+		require.Zero(t, g.Exec(t, c).Code, "%s: %s", script, out.String())
+		return strings.TrimSpace(out.String())
+	}
+	// restored waits for the guest that the restore made, in which nobody asked.
+	restored := func(name, data, op string) string {
+		t.Helper()
+		done := make(chan snapshot.Event, 1)
+		stop := m.Listen(func(e snapshot.Event) { done <- e })
+		defer stop()
+		// It ends with its guest, or with the agent's session.
+		_, _ = g.Agent().Exec(ctx, sh("vmstate restore "+name+" "+op+" --data '"+data+"' --to app; sleep 100"))
+		select {
+		case e := <-done:
+			require.NoError(t, e.Err)
+			assert.Equal(t, name, e.Name)
+		case <-ctx.Done():
+			t.Fatal("no restore")
+		}
+		return good("until grep -q '^done restore true' /tmp/events; do sleep 0.05; done; cat /tmp/file /tmp/events")
+	}
+
+	good(`echo old >/tmp/file; : >/tmp/events
+setsid vmstate listen app -- sh -c 'echo "$VMSTATE_EVENT $VMSTATE_OP $VMSTATE_RESTORED $(cat) $VMSTATE_RESULT" >>/tmp/events' </dev/null >/dev/null 2>&1 &
+until vmstate status | grep -q '"app" uid=0 pid=[1-9]'; do sleep 0.02; done`)
+	assert.Equal(t, "saved", good("vmstate save one --description first --wait"))
+	// The listener heard of it; the saved state has a listener that has not yet.
+	good("until grep -q '^done save false' /tmp/events; do sleep 0.02; done; echo new >/tmp/file; : >/tmp/events")
+	assert.Equal(t, "saved", good("vmstate save two --tag t --wait"))
+	assert.Equal(t, "one  first\n└─ two *", good("vmstate tree"))
+
+	out := restored("one", "note to myself", "--op host-info")
+	assert.Regexp(t, `^old\n(?:done save false[^\n]*\n)?done restore true note to myself \{"1":[1-9]`, out)
+	assert.Equal(t, "one *  first\n└─ two", good("vmstate tree"))
+	// The other branch has what it had when it was saved, and knows nothing of that.
+	out = restored("two", "again", "")
+	assert.Regexp(t, `^new\n(?:done save false[^\n]*\n)?done restore true again *$`, out)
+	// A third one from there, and the first is not needed any more.
+	assert.Equal(t, "saved", good("echo more >>/tmp/file; vmstate save three --wait"))
+	good("vmstate delete one --wait")
+	assert.Equal(t, "two\n└─ three *", good("vmstate tree"))
+	out = restored("two", "at last", "")
+	assert.Regexp(t, `^new\n`, out)
+	var denied bytes.Buffer
+	c := sh("GONDOLA_SECRET=wrong vmstate restore two --wait")
+	c.Stderr = &denied
+	assert.Equal(t, 3, g.Exec(t, c).Code, denied.String())
 	require.NoError(t, g.Shutdown(context.WithoutCancel(ctx)))
 }
