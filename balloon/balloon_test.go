@@ -102,11 +102,13 @@ func (r *rig) send(q int, b []byte) {
 
 func (r *rig) frames(q int, pfns ...uint32) {
 	r.t.Helper()
-	b := make([]byte, 0, 4*len(pfns))
-	for _, p := range pfns {
-		b = binary.LittleEndian.AppendUint32(b, p)
+	for part := range slices.Chunk(pfns, balloon.MaxPFNs) {
+		b := make([]byte, 0, 4*len(part))
+		for _, p := range part {
+			b = binary.LittleEndian.AppendUint32(b, p)
+		}
+		r.send(q, b)
 	}
-	r.send(q, b)
 }
 
 func (r *rig) config(off uint64) uint32 {

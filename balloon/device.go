@@ -31,7 +31,7 @@ const (
 
 // MaxPFNs is the most page frames that are taken from one request; what comes
 // after them counts as refused. Linux sends 256 at a time.
-const MaxPFNs = 8192
+const MaxPFNs = 1024
 
 // maxStats bounds the statistics that are read from one buffer.
 const maxStats = 64

@@ -49,6 +49,11 @@ type Info struct {
 	Output  string    `cbor:"10,keyasint,omitempty" json:"output,omitempty"` // the file with a detached machine's output
 	Clients int       `cbor:"11,keyasint" json:"clients"`                    // of the control socket, with the one who asks
 	Stats   vmm.Stats `cbor:"12,keyasint" json:"stats"`                      // since the start
+
+	// Use is what is known of its memory; nil while it starts.
+	Use *Memory `cbor:"40,keyasint,omitempty" json:"memory_use,omitempty"`
+	// Policy is its part in the division of the host's memory (gondola manager).
+	Policy Policy `cbor:"41,keyasint,omitempty" json:"memory_policy"`
 }
 
 // StopRequest ends a machine: the guest is asked to power off, and if it has not
@@ -68,3 +73,13 @@ type StopReply struct {
 type LogsRequest struct {
 	Follow bool `cbor:"1,keyasint,omitempty"` // and what comes, until the machine's end
 }
+
+// Policy is a machine's part in the division of the host's memory.
+type Policy struct {
+	Shares uint64 `cbor:"1,keyasint,omitempty" json:"shares"`    // 0 is DefaultShares
+	Min    uint64 `cbor:"2,keyasint,omitempty" json:"min_bytes"` // never taken; 0: see DefaultMin
+	Max    uint64 `cbor:"3,keyasint,omitempty" json:"max_bytes"` // never given more; 0 is all it was configured with
+}
+
+// DefaultShares of a machine.
+const DefaultShares = 1000

@@ -84,6 +84,7 @@ type Server struct {
 	clients  map[*proto.Conn]struct{}
 	paused   bool
 	stopping int
+	sampling sampling
 
 	// pausing orders pausing and resuming; Stats and Info do not wait for it.
 	pausing chan struct{}
@@ -199,6 +200,8 @@ func (s *Server) admit(nc net.Conn) bool {
 			OpPause:  handle(s.pause),
 			OpResume: handle(s.resume),
 
+			OpBalloon: handle(s.balloon),
+
 			proto.OpExec: s.forward(passed{
 				in: []uint8{proto.StreamStdin, proto.StreamControl}, out: []uint8{proto.StreamStdout, proto.StreamStderr},
 			}),
@@ -293,6 +296,7 @@ func (s *Server) info(*proto.Call, *struct{}) (any, error) {
 	case <-s.attached:
 		info.Stats = s.machine.Stats()
 		info.State = s.state(paused)
+		info.Use = memory(s.machine)
 	default:
 	}
 	if stopping && info.State != StateEnded {

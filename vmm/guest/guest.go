@@ -21,6 +21,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/gondola-vmm/gondola/balloon"
 	"github.com/gondola-vmm/gondola/devices/virtio/console"
 	"github.com/gondola-vmm/gondola/devices/virtio/rng"
 	"github.com/gondola-vmm/gondola/firmware"
@@ -105,6 +106,10 @@ type Config struct {
 	// RNG attaches a virtio entropy device. The guest's random generator is
 	// seeded by the agent in any case.
 	RNG bool
+	// Balloon configures the virtio balloon that every guest has unless
+	// NoBalloon is set (package balloon).
+	Balloon   balloon.Config
+	NoBalloon bool
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
 	// Agent is the content of the agent's binary; nil: package agentbin finds
@@ -129,6 +134,7 @@ type Times struct {
 // Guest is a running guest.
 type Guest struct {
 	vm     *vmm.VM
+	mem    guestMemory
 	agent  *guestagent.Client
 	con    *console.Device
 	hvc    *console.Port
@@ -196,6 +202,10 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	devices := []vmm.Device{g.serial, vmm.Virtio{Name: "virtio console", Device: g.con}}
 	if cfg.RNG {
 		devices = append(devices, vmm.Virtio{Name: "virtio rng", Device: rng.New(rng.Config{})})
+	}
+	if !cfg.NoBalloon {
+		g.mem.balloon = balloon.New(cfg.Balloon)
+		devices = append(devices, vmm.Virtio{Name: "virtio balloon", Device: g.mem.balloon})
 	}
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
@@ -442,6 +452,7 @@ func (g *Guest) Close() error {
 			g.stop()
 			<-g.done
 		}
+		g.mem.stop()
 		var errs []error
 		if g.vm != nil {
 			errs = append(errs, g.vm.Close()) // closes the ports, too
