@@ -358,7 +358,10 @@ func (m *Manager) move(d *Decision, machines []Machine, index []int, rest uint64
 		if x := machines[i]; v.Target != x.Target {
 			why := "gets what others pay less for"
 			if v.Target < x.Target {
-				why = fmt.Sprintf("pays little, and memory is %s", m.level)
+				why = "pays less for its memory than others would"
+				if m.level > High {
+					why = fmt.Sprintf("pays least for its memory, and the host's is %s", m.level)
+				}
 			}
 			d.Actions = append(d.Actions, Action{Name: x.Name, Target: v.Target, Why: why})
 		}

@@ -87,7 +87,7 @@ func (f *balloonFlags) run(ctx context.Context, name string, w io.Writer) error 
 		return err
 	}
 	defer c.Close()
-	req := control.BalloonRequest{}
+	req := control.BalloonRequest{PSS: true}
 	if f.asked {
 		req.Target = uint64(f.target)
 	}
@@ -98,7 +98,7 @@ func (f *balloonFlags) run(ctx context.Context, name string, w io.Writer) error 
 	if err != nil {
 		return fmt.Errorf("machine %s: %w", name, err)
 	}
-	req = control.BalloonRequest{StatsMS: guestWord.Milliseconds()}
+	req = control.BalloonRequest{StatsMS: guestWord.Milliseconds(), PSS: true}
 	if f.watch {
 		if !f.asJSON {
 			fmt.Fprintf(w, "%-10s %9s %9s %9s %9s %9s %9s\n", "TIME", "TARGET", "ACTUAL", "ALLOC", "PSS", "FREE", "AVAILABLE")
@@ -134,7 +134,7 @@ func (f *balloonFlags) run(ctx context.Context, name string, w io.Writer) error 
 		if err := pause(ctx, 50*time.Millisecond); err != nil {
 			return waitError(err, m)
 		}
-		if m, err = c.Memory(ctx, control.BalloonRequest{}); err != nil {
+		if m, err = c.Memory(ctx, control.BalloonRequest{PSS: true}); err != nil {
 			return fmt.Errorf("machine %s: %w", name, err)
 		}
 	}

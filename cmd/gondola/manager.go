@@ -17,6 +17,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/balloon/policy"
 	"github.com/gondola-vmm/gondola/balloon/policy/host"
+	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
 
@@ -105,7 +106,6 @@ type machineRecord struct {
 	Target    uint64  `json:"target_bytes"`
 	Actual    uint64  `json:"actual_bytes"`
 	Allocated uint64  `json:"allocated_bytes"`
-	PSS       uint64  `json:"pss_bytes"`
 	Active    float64 `json:"active_fraction"` // -1: not known yet
 }
 
@@ -130,7 +130,7 @@ func (f *managerFlags) run(ctx context.Context, out io.Writer) error {
 	if tax == 0 {
 		tax = -1 // the zero value of policy.Config is the default
 	}
-	m := &manager{flags: f, home: home, policy: policy.New(policy.Config{Tax: tax, Budget: uint64(f.budget)}), clients: map[string]*control.Client{}}
+	m := &manager{flags: f, home: home, policy: policy.New(policy.Config{Tax: tax, Budget: uint64(f.budget)}), clients: map[string]*control.Client{}, last: map[string]observed{}}
 	defer m.close()
 	for {
 		r, err := m.step(ctx)
@@ -207,6 +207,7 @@ type manager struct {
 
 	mu      sync.Mutex
 	clients map[string]*control.Client
+	last    map[string]observed // what was last known of each machine
 }
 
 func (m *manager) close() {
@@ -242,12 +243,28 @@ func (m *manager) client(ctx context.Context, name string) (*control.Client, err
 type observed struct {
 	record  machineRecord
 	machine policy.Machine
+	audited time.Time
 	ok      bool
 }
 
-// machineTimeout is how long a machine's process may take to answer; one that does
-// not is left out, and holds up nobody longer.
-const machineTimeout = 400 * time.Millisecond
+// How long a machine's process may take to answer. One that does not holds up
+// nobody longer, and is taken to be as it was.
+const (
+	machineTimeout = 2 * time.Second
+	lowTimeout     = 300 * time.Millisecond // when memory is low
+)
+
+// timeout is how long machines may take now.
+func (m *manager) timeout() time.Duration {
+	if m.policy.Level() == policy.Low {
+		return lowTimeout
+	}
+	return machineTimeout
+}
+
+// auditInterval is the time between two looks for what a machine uses although it
+// has given it up.
+const auditInterval = 15 * time.Second
 
 // step looks at all machines and the host, decides, and acts.
 func (m *manager) step(ctx context.Context) (record, error) {
@@ -271,15 +288,23 @@ func (m *manager) step(ctx context.Context) (record, error) {
 	var wg sync.WaitGroup
 	for i, e := range entries {
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, machineTimeout)
+			ctx, cancel := context.WithTimeout(ctx, m.timeout())
 			defer cancel()
 			var err error
-			if seen[i], err = m.observe(ctx, e.Name); err != nil {
+			if seen[i], err = m.observe(ctx, e.Name, m.last[e.Name]); err != nil {
 				failed(e.Name, err)
+				seen[i] = m.last[e.Name]
+				// Its memory is not free for others, and nothing can be
+				// asked of it.
+				seen[i].machine.Driver = false
 			}
 		})
 	}
 	wg.Wait()
+	clear(m.last)
+	for i, e := range entries {
+		m.last[e.Name] = seen[i]
+	}
 	var machines []policy.Machine
 	for _, o := range seen {
 		if o.ok {
@@ -293,7 +318,7 @@ func (m *manager) step(ctx context.Context) (record, error) {
 	}
 	for _, a := range r.Decision.Actions {
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, machineTimeout)
+			ctx, cancel := context.WithTimeout(ctx, m.timeout())
 			defer cancel()
 			if err := m.act(ctx, a); err != nil {
 				failed(a.Name, err)
@@ -305,9 +330,9 @@ func (m *manager) step(ctx context.Context) (record, error) {
 	return r, nil
 }
 
-// observe asks one machine. One that is not there yet, or has no balloon, is not
-// ok and no error.
-func (m *manager) observe(ctx context.Context, name string) (observed, error) {
+// observe asks one machine, of which before is known. One that is not there yet,
+// or has no balloon, is not ok and no error.
+func (m *manager) observe(ctx context.Context, name string, before observed) (observed, error) {
 	c, err := m.client(ctx, name)
 	if errors.Is(err, control.ErrNotRunning) {
 		return observed{}, nil
@@ -315,25 +340,24 @@ func (m *manager) observe(ctx context.Context, name string) (observed, error) {
 	if err != nil {
 		return observed{}, err
 	}
-	info, err := c.Machine(ctx)
-	if err != nil {
-		return observed{}, err
-	}
-	if info.State != control.StateRunning && info.State != control.StatePaused || info.Use == nil || !info.Use.Balloon {
+	now := time.Now()
+	audit := !m.flags.dry && now.Sub(before.audited) >= auditInterval
+	u, err := c.Memory(ctx, control.BalloonRequest{SampleMS: m.flags.sample.Milliseconds(), Samples: m.flags.samples, Audit: audit})
+	var refused *proto.RemoteError
+	if errors.As(err, &refused) { // it has no balloon, or is ending
 		return observed{}, nil
 	}
-	req := control.BalloonRequest{SampleMS: m.flags.sample.Milliseconds(), Samples: m.flags.samples, Audit: true}
-	if m.flags.dry {
-		req.Audit = false
-	}
-	u, err := c.Memory(ctx, req)
 	if err != nil {
 		return observed{}, err
 	}
-	p := info.Policy
+	audited := before.audited
+	if audit {
+		audited = now
+	}
+	p := u.Policy
 	x := policy.Machine{
 		Name: name, Shares: p.Shares, Min: max(p.Min, u.Minimum), Max: p.Max, Target: u.Target, Actual: u.Actual, Allocated: u.Allocated,
-		Active: -1, Late: u.Late, Driver: u.Driver, Paused: info.State == control.StatePaused, Cheated: u.Cheated,
+		Active: -1, Late: u.Late, Driver: u.Driver, Paused: u.Paused, Cheated: u.Cheated,
 		Claimed: u.Size - min(u.Claimed, u.Size), Said: u.Stats["available_bytes"],
 	}
 	if x.Shares == 0 {
@@ -347,8 +371,8 @@ func (m *manager) observe(ctx context.Context, name string) (observed, error) {
 		x.Active = u.Fraction
 	}
 	return observed{
-		machine: x, ok: true,
-		record: machineRecord{name, x.Shares, x.Min, x.Max, x.Target, x.Actual, x.Allocated, u.PSS, x.Active},
+		machine: x, ok: true, audited: audited,
+		record: machineRecord{name, x.Shares, x.Min, x.Max, x.Target, x.Actual, x.Allocated, x.Active},
 	}, nil
 }
 

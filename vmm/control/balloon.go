@@ -41,6 +41,9 @@ type BalloonRequest struct {
 	// Audit looks for pages of the balloon that have host memory all the
 	// same, and gives them back again.
 	Audit bool `cbor:"5,keyasint,omitempty"`
+	// PSS asks for PSS and Swap, which takes the kernel some milliseconds a
+	// GiB to count.
+	PSS bool `cbor:"6,keyasint,omitempty"`
 }
 
 // maxStatsWait bounds BalloonRequest.StatsMS.
@@ -75,17 +78,21 @@ type Memory struct {
 	Stats     map[string]uint64 `cbor:"23,keyasint,omitempty" json:"stats,omitempty"` // the guest's own, by name
 	StatsAgo  int64             `cbor:"24,keyasint,omitempty" json:"stats_age_ms,omitempty"`
 	Features  []string          `cbor:"25,keyasint,omitempty" json:"features,omitempty"`
+	Paused    bool              `cbor:"26,keyasint,omitempty" json:"paused,omitempty"`
+	Policy    Policy            `cbor:"27,keyasint,omitempty" json:"policy"`
 }
 
 // memory is the account of a machine; nil if it cannot tell.
-func memory(m Machine) *Memory {
+func memory(m Machine, pss bool) *Memory {
 	w, ok := m.(MemoryMachine)
 	if !ok {
 		return nil
 	}
 	r := &Memory{}
-	if u, err := w.Usage(); err == nil {
-		r.PSS, r.Swap = u.PSS, u.Swap
+	if pss {
+		if u, err := w.Usage(); err == nil {
+			r.PSS, r.Swap = u.PSS, u.Swap
+		}
 	}
 	if e, ok := w.ActiveMemory(); ok {
 		r.Active, r.Fraction, r.Intervals, r.SampleNS = e.Active, e.Fraction, e.Intervals, int64(e.Cost)
@@ -154,8 +161,11 @@ func (s *Server) balloon(c *proto.Call, req *BalloonRequest) (any, error) {
 			return nil, err
 		}
 	}
-	r := memory(m)
-	r.Cheated = cheated
+	r := memory(m, req.PSS)
+	r.Cheated, r.Policy = cheated, s.cfg.Info.Policy
+	s.mu.Lock()
+	r.Paused = s.paused
+	s.mu.Unlock()
 	return r, nil
 }
 

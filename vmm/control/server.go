@@ -296,7 +296,7 @@ func (s *Server) info(*proto.Call, *struct{}) (any, error) {
 	case <-s.attached:
 		info.Stats = s.machine.Stats()
 		info.State = s.state(paused)
-		info.Use = memory(s.machine)
+		info.Use = memory(s.machine, true)
 	default:
 	}
 	if stopping && info.State != StateEnded {
