@@ -37,6 +37,7 @@ var doors = map[string][]string{
 	"guestagent/proto":     {},
 	"guestagent":           {"guestagent/..."},
 	"snapshot":             {"vmm", "vmm/mem", "guestagent/proto"},
+	"snapshot/store":       {"vmm/mem"},
 	"scheduler":            {"scheduler/..."},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},
