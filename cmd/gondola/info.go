@@ -155,6 +155,13 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 	row("machine", "%s, %s, process %d, for %s", m.Name, m.State, m.PID, shortDuration(time.Since(time.Unix(0, m.Started))))
 	row("host", "%s", orDash(m.Host))
 	row("size", "%d vCPUs, %s", m.VCPUs, mem.String())
+	if u := m.Use; u != nil {
+		if u.Balloon {
+			row("memory", "target %s, actual %s, %s of the host's, PSS %s", size(u.Target), size(u.Actual), size(u.Allocated), size(u.PSS))
+		} else {
+			row("memory", "no balloon, PSS %s", size(u.PSS))
+		}
+	}
 	if m.Kernel != "" {
 		row("kernel file", "%s", m.Kernel)
 	}

@@ -102,6 +102,7 @@ type publication struct {
 	must       bool // fail if it cannot be made known
 	background *background
 	interrupt  context.CancelCauseFunc // ends the machine's start
+	policy     control.Policy
 }
 
 // published is a machine that others can see; nil where that is not possible.
@@ -136,7 +137,7 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 		home.Close()
 		return nil, err
 	}
-	info := control.Info{VCPUs: cfg.VCPUs, Memory: cfg.Memory, Kernel: cfg.Kernel, Command: cfg.Command}
+	info := control.Info{VCPUs: cfg.VCPUs, Memory: cfg.Memory, Kernel: cfg.Kernel, Command: cfg.Command, Policy: p.policy}
 	if kind, err := vmm.Kind(); err == nil { // the start will say why it is not known
 		info.Host = kind.String()
 	}

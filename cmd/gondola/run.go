@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	xterm "golang.org/x/term"
 
+	"github.com/gondola-vmm/gondola/balloon"
 	"github.com/gondola-vmm/gondola/cmd/gondola/agentbin"
 	"github.com/gondola-vmm/gondola/cmd/gondola/internal/term"
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
@@ -39,6 +40,9 @@ type runFlags struct {
 	timeout                       time.Duration
 	debug                         []string
 	detach, named                 bool // named: with --name
+	noBalloon                     bool
+	shares                        uint64
+	memoryMin, memoryMax          memorySize
 	commandFlags
 }
 
@@ -104,6 +108,10 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.BoolVar(&f.acpi, "acpi", false, "announce virtio devices by ACPI, not on the command line (for --kernel)")
 	fl.BoolVar(&f.rng, "rng", false, "attach a virtio entropy device")
 	fl.BoolVar(&f.noPorts, "no-ports", false, "no port A and port B: programs in the guest cannot ask the machine for anything")
+	fl.BoolVar(&f.noBalloon, "no-balloon", false, "leave the virtio balloon out")
+	fl.Uint64Var(&f.shares, "shares", control.DefaultShares, "part in the division of the host's memory (gondola manager)")
+	fl.Var(&f.memoryMin, "memory-min", "memory that is never taken, and must be there for a start (default half of it)")
+	fl.Var(&f.memoryMax, "memory-max", "memory that the manager gives at most (default all of it)")
 	fl.DurationVar(&f.timeout, "timeout", 0, "end the machine after this time, with exit code 124")
 	fl.StringSliceVar(&f.debug, "debug", nil, "at the end, show: "+strings.Join(debugTopics, ", "))
 	choices := func(name string, vs ...string) {
@@ -120,7 +128,7 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 	cfg := guest.Config{
 		Name: f.name, VCPUs: f.cpus, Memory: uint64(f.memory), Kernel: f.kernel, Initrd: f.initrd, Cmdline: f.cmdline,
 		NoHostCmdline: f.noHostCmdline, SelfDecompress: f.selfDecompress, ACPI: f.acpi, RNG: f.rng,
-		Command: args, Output: os.Stdout, Agent: agentbin.Bytes,
+		Command: args, Output: os.Stdout, Agent: agentbin.Bytes, NoBalloon: f.noBalloon,
 	}
 	var err error
 	switch f.console {
@@ -141,6 +149,10 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 	if f.memory == 0 {
 		return cfg, usageError{fmt.Errorf("--memory 0: a machine has at least 1M, and Linux needs some 16M")}
 	}
+	if err := f.checkMemory(); err != nil {
+		return cfg, err
+	}
+	cfg.Balloon.Minimum = min(balloon.DefaultMinimum, uint64(f.memoryMin))
 	if f.userland != "" {
 		if cfg.Userland, err = initramfs.ParseUserland(f.userland); err != nil {
 			return cfg, usageError{err}
@@ -211,11 +223,14 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	// The window of a terminal is known before the guest is.
 	cfg.Rows, cfg.Cols, _ = term.Size(os.Stdin)
-	pub, err := publish(&cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt})
+	pub, err := publish(&cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt, policy: f.policy()})
 	if err != nil {
 		return err
 	}
 	defer pub.Close()
+	if err := admit(ctx, cfg.Name, f.policy()); err != nil {
+		return err
+	}
 	var r *requests
 	if !f.noPorts {
 		r = serveRequests(&cfg, pub.stateKeeper())

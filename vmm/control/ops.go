@@ -51,6 +51,11 @@ type Info struct {
 	Stats   vmm.Stats `cbor:"12,keyasint" json:"stats"`                      // since the start
 	// Requests are the guest's over port A; nil: nobody takes them.
 	Requests *Requests `cbor:"13,keyasint,omitempty" json:"requests,omitempty"`
+
+	// Use is what is known of its memory; nil while it starts.
+	Use *Memory `cbor:"40,keyasint,omitempty" json:"memory_use,omitempty"`
+	// Policy is its part in the division of the host's memory (gondola manager).
+	Policy Policy `cbor:"41,keyasint,omitempty" json:"memory_policy"`
 }
 
 // Requests count what a guest asked of its monitor over port A, and what it was told
@@ -92,3 +97,13 @@ type StopReply struct {
 type LogsRequest struct {
 	Follow bool `cbor:"1,keyasint,omitempty"` // and what comes, until the machine's end
 }
+
+// Policy is a machine's part in the division of the host's memory.
+type Policy struct {
+	Shares uint64 `cbor:"1,keyasint,omitempty" json:"shares"`    // 0 is DefaultShares
+	Min    uint64 `cbor:"2,keyasint,omitempty" json:"min_bytes"` // never taken; 0: see DefaultMin
+	Max    uint64 `cbor:"3,keyasint,omitempty" json:"max_bytes"` // never given more; 0 is all it was configured with
+}
+
+// DefaultShares of a machine.
+const DefaultShares = 1000

@@ -90,6 +90,7 @@ type Server struct {
 	clients  map[*proto.Conn]struct{}
 	paused   bool
 	stopping int
+	sampling sampling
 
 	// pausing orders pausing and resuming; Stats and Info do not wait for it.
 	pausing chan struct{}
@@ -229,6 +230,8 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		OpPause:  handle(s.pause),
 		OpResume: handle(s.resume),
 
+		OpBalloon: handle(s.balloon),
+
 		proto.OpExec: s.forward(passed{
 			in: []uint8{proto.StreamStdin, proto.StreamControl}, out: []uint8{proto.StreamStdout, proto.StreamStderr},
 		}),
@@ -320,6 +323,7 @@ func (s *Server) info(*proto.Call, *struct{}) (any, error) {
 	case <-s.attached:
 		info.Stats, info.Requests = s.machine.Stats(), s.machine.Requests()
 		info.State = s.state(paused)
+		info.Use = memory(s.machine, true)
 	default:
 	}
 	if stopping && info.State != StateEnded {

@@ -23,6 +23,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/gondola-vmm/gondola/balloon"
 	"github.com/gondola-vmm/gondola/devices/virtio/console"
 	"github.com/gondola-vmm/gondola/devices/virtio/rng"
 	"github.com/gondola-vmm/gondola/firmware"
@@ -115,6 +116,10 @@ type Config struct {
 	// Ports gives the guest port A and port B (docs/ports.md) on all carriers.
 	// Somebody has to serve them: see Guest.Carriers.
 	Ports bool
+	// Balloon configures the virtio balloon that every guest has unless
+	// NoBalloon is set (package balloon).
+	Balloon   balloon.Config
+	NoBalloon bool
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
 	// Agent is the content of the agent's binary; nil: package agentbin finds
@@ -139,6 +144,7 @@ type Times struct {
 // Guest is a running guest.
 type Guest struct {
 	vm     *vmm.VM
+	mem    guestMemory
 	agent  *guestagent.Client
 	con    *console.Device
 	hvc    *console.Port
@@ -223,6 +229,10 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	devices = append(devices, vmm.Virtio{Name: "virtio console", Device: g.con})
 	if cfg.RNG {
 		devices = append(devices, vmm.Virtio{Name: "virtio rng", Device: rng.New(rng.Config{})})
+	}
+	if !cfg.NoBalloon {
+		g.mem.balloon = balloon.New(cfg.Balloon)
+		devices = append(devices, vmm.Virtio{Name: "virtio balloon", Device: g.mem.balloon})
 	}
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
@@ -523,6 +533,7 @@ func (g *Guest) Close() error {
 			g.stop()
 			<-g.done
 		}
+		g.mem.stop()
 		var errs []error
 		if g.vm != nil {
 			errs = append(errs, g.vm.Close()) // closes the ports, too

@@ -113,6 +113,10 @@ type Memory struct {
 	file    *os.File
 	mapping mapping
 	cleanup runtime.Cleanup
+
+	// Whether the mapping is shared, found out once.
+	sharedOnce sync.Once
+	sharedErr  error
 }
 
 // New makes guest memory of size bytes, which reads as zero and takes host
