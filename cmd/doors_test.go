@@ -27,7 +27,7 @@ var doors = map[string][]string{
 	"vmm/emul":             {"vmm/mem"},
 	"vmm":                  {"vmm/...", "devices/...", "firmware"},
 	"vmm/guest":            {"vmm", "vmm/mem", "devices/...", "firmware", "firmware/guestkernel", "guestagent/..."},
-	"vmm/control":          {"vmm", "guestagent", "guestagent/proto"},
+	"vmm/control":          {"vmm", "devices/iostat", "devices/ratelimit", "guestagent", "guestagent/proto"},
 	"vmm/vmmtest":          {"vmm/...", "devices/...", "firmware", "firmware/guestkernel", "guestagent", "guestagent/..."},
 	"firmware":             {"vmm/mem"},
 	"firmware/guestkernel": {"testdata/kernel"},

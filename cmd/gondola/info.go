@@ -173,6 +173,16 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 		}
 		row("completed", "%d system calls, %d instructions", m.Stats.Syscalls, completed)
 	}
+	if len(m.Devices) > 0 {
+		if err := tw.Flush(); err != nil {
+			return err
+		}
+		fmt.Fprintln(tw)
+		printDevices(tw, m.Devices)
+		if g != nil {
+			fmt.Fprintln(tw)
+		}
+	}
 	if g == nil {
 		return tw.Flush()
 	}

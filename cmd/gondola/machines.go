@@ -189,3 +189,6 @@ func (c controlled) Pause(ctx context.Context) error { return c.VM().Pause(ctx) 
 func (c controlled) Resume() error                   { return c.VM().Resume() }
 func (c controlled) Stop()                           { c.VM().Stop() }
 func (c controlled) Stats() vmm.Stats                { return c.VM().Stats() }
+func (c controlled) AttachDisk(d control.Disk) (string, error) {
+	return c.Guest.AttachDisk(guest.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Serial: d.Serial, Limits: d.Limits})
+}

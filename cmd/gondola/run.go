@@ -38,6 +38,8 @@ type runFlags struct {
 	acpi, rng                     bool
 	timeout                       time.Duration
 	debug                         []string
+	disks                         []string
+	diskSlots                     int
 	detach, named                 bool // named: with --name
 	commandFlags
 }
@@ -73,6 +75,7 @@ shows them, --no-host-cmdline leaves them out.`,
   gondola run --cpus 2 --memory 512M
   gondola run --copy ./prog -- /prog --flag
   echo 'ps; mount' | gondola run
+  gondola run --disk root.img,cow --disk data.img,serial=data -- mount -t ext4 /dev/vda /mnt
   gondola run --kernel vmlinuz --console serial`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -91,6 +94,8 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.StringVar(&f.console, "console", "none", "interactive console: serial, virtio or none")
 	fl.StringVar(&f.userland, "userland", "", "commands in the guest: busybox, uroot or none (default busybox on PVM hosts, else uroot)")
 	fl.StringArrayVar(&f.copies, "copy", nil, "copy HOST[:GUEST], a file or directory, into the guest (repeatable)")
+	fl.StringArrayVar(&f.disks, "disk", nil, "attach a disk, PATH[,OPTION…], see gondola disk (repeatable)")
+	fl.IntVar(&f.diskSlots, "disk-slots", 0, "empty disks behind them, for gondola disk attach")
 	f.register(c)
 	fl.BoolVarP(&f.detach, "detach", "d", false, "run in the background: print the machine's name when its agent answers")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show the kernel's messages on standard error")
@@ -148,6 +153,17 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 		}
 		cfg.Files = append(cfg.Files, file)
 	}
+	for _, s := range f.disks {
+		d, err := parseDisk(s)
+		if err != nil {
+			return cfg, usageError{fmt.Errorf("--disk %w", err)}
+		}
+		cfg.Disks = append(cfg.Disks, d)
+	}
+	if n := len(f.disks) + f.diskSlots; f.diskSlots < 0 || n > guest.MaxDisks {
+		return cfg, usageError{fmt.Errorf("--disk-slots %d: a machine has at most %d disks", f.diskSlots, guest.MaxDisks)}
+	}
+	cfg.DiskSlots = f.diskSlots
 	if err := f.check(); err != nil {
 		return cfg, err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"sync"
@@ -266,6 +267,18 @@ func (l *layer) set(from, to uint64) {
 		s[n/32].Or(1 << (n % 32))
 		l.dirty[i] = struct{}{}
 	}
+}
+
+// count is how many blocks are in this layer.
+func (l *layer) count() (n uint64) {
+	for i := range l.bits {
+		if s := l.bits[i].Load(); s != nil {
+			for w := range s {
+				n += uint64(bits.OnesCount32(s[w].Load()))
+			}
+		}
+	}
+	return n
 }
 
 // run is the first block behind from, at most to, that is not like from.

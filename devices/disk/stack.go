@@ -199,7 +199,7 @@ type File struct {
 	Format    string `json:"format"` // "raw", "block device" or "layer"
 	Size      uint64 `json:"size_bytes"`
 	Allocated uint64 `json:"allocated_bytes"` // what it takes on the host's disk
-	Blocks    uint64 `json:"blocks,omitempty"`
+	Blocks    uint64 `json:"blocks,omitempty"` // 4 KiB each, that a layer has
 	Frozen    bool   `json:"frozen,omitempty"`
 	UUID      string `json:"uuid,omitempty"`
 }
@@ -223,11 +223,7 @@ func (d *Disk) Files() ([]File, error) {
 		case *layer:
 			f, im = v.f, v.base
 			e.Format, e.Frozen, e.UUID = "layer", v.h.Frozen, fmt.Sprintf("%x", v.h.UUID)
-			for b := range v.h.blocks() {
-				if v.has(b) {
-					e.Blocks++
-				}
-			}
+			e.Blocks = v.count()
 			path = v.h.basePath(path)
 		}
 		var st unix.Stat_t

@@ -6,6 +6,8 @@ import (
 	"math/bits"
 	"sync/atomic"
 	"time"
+
+	"github.com/gondola-vmm/gondola/devices/ratelimit"
 )
 
 // Buckets is the number of buckets of a latency histogram. Bucket i counts what
@@ -71,6 +73,18 @@ type ClassStats struct {
 	// Latency has the histogram: element i counts what took less than 2^i µs;
 	// empty elements at the end are cut off.
 	Latency []uint64 `cbor:"5,keyasint,omitempty" json:"latency_us_log2,omitempty"`
+}
+
+// Info describes a device that is counted and limited.
+type Info struct {
+	Name     string           `cbor:"1,keyasint" json:"name"`                      // in Linux: vda, eth0
+	Kind     string           `cbor:"2,keyasint" json:"kind"`                      // "disk", "net" or "vsock"
+	Detail   string           `cbor:"3,keyasint,omitempty" json:"detail"`          // a disk's file, "" if there is none; a network's kind
+	Size     uint64           `cbor:"4,keyasint,omitempty" json:"size_bytes"`      // of a disk
+	ReadOnly bool             `cbor:"5,keyasint,omitempty" json:"read_only"`       // of a disk
+	Spare    bool             `cbor:"6,keyasint,omitempty" json:"spare,omitempty"` // a slot for a disk
+	Limits   ratelimit.Limits `cbor:"7,keyasint" json:"limits"`
+	Stats    Stats            `cbor:"8,keyasint" json:"stats"`
 }
 
 // Stats is what a Device has counted.

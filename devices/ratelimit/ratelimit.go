@@ -9,10 +9,10 @@ import (
 
 // Limits of a device. The zero value is no limit.
 type Limits struct {
-	BytesPerSecond uint64 `json:"bytes_per_second"` // 0: no limit
-	BytesBurst     uint64 `json:"bytes_burst"`      // 0: what comes in a tenth of a second
-	OpsPerSecond   uint64 `json:"ops_per_second"`   // 0: no limit
-	OpsBurst       uint64 `json:"ops_burst"`        // 0: what comes in a tenth of a second
+	BytesPerSecond uint64 `cbor:"1,keyasint,omitempty" json:"bytes_per_second"` // 0: no limit
+	BytesBurst     uint64 `cbor:"2,keyasint,omitempty" json:"bytes_burst"`      // 0: what comes in a tenth of a second
+	OpsPerSecond   uint64 `cbor:"3,keyasint,omitempty" json:"ops_per_second"`   // 0: no limit
+	OpsBurst       uint64 `cbor:"4,keyasint,omitempty" json:"ops_burst"`        // 0: what comes in a tenth of a second
 }
 
 // maxWait bounds the wait that Wait returns: a clock that jumps or a limit that is

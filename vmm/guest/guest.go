@@ -105,6 +105,10 @@ type Config struct {
 	// RNG attaches a virtio entropy device. The guest's random generator is
 	// seeded by the agent in any case.
 	RNG bool
+	// Disks are the guest's virtio disks, vda and on. DiskSlots is the number
+	// of empty ones behind them, for AttachDisk.
+	Disks     []Disk
+	DiskSlots int
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
 	// Agent is the content of the agent's binary; nil: package agentbin finds
@@ -136,6 +140,7 @@ type Guest struct {
 	log    *consoleLog
 	times  Times
 	hello  proto.Hello
+	disks  disks
 
 	stop    context.CancelFunc
 	done    chan struct{} // closed when the run has ended
@@ -196,6 +201,12 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	devices := []vmm.Device{g.serial, vmm.Virtio{Name: "virtio console", Device: g.con}}
 	if cfg.RNG {
 		devices = append(devices, vmm.Virtio{Name: "virtio rng", Device: rng.New(rng.Config{})})
+	}
+	if err := g.openDisks(cfg); err != nil {
+		return nil, err
+	}
+	for _, d := range g.disks.list {
+		devices = append(devices, vmm.Virtio{Name: "virtio disk " + d.name, Device: d.dev})
 	}
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
@@ -446,7 +457,7 @@ func (g *Guest) Close() error {
 		if g.vm != nil {
 			errs = append(errs, g.vm.Close()) // closes the ports, too
 		} else if g.con != nil {
-			errs = append(errs, g.con.Close())
+			errs = append(errs, g.con.Close(), g.closeDisks())
 		}
 		if g.agent != nil {
 			g.agent.Close() // says how the port ended
