@@ -198,7 +198,7 @@ type File struct {
 	Path      string `json:"path"`
 	Format    string `json:"format"` // "raw", "block device" or "layer"
 	Size      uint64 `json:"size_bytes"`
-	Allocated uint64 `json:"allocated_bytes"` // what it takes on the host's disk
+	Allocated uint64 `json:"allocated_bytes"`  // what it takes on the host's disk
 	Blocks    uint64 `json:"blocks,omitempty"` // 4 KiB each, that a layer has
 	Frozen    bool   `json:"frozen,omitempty"`
 	UUID      string `json:"uuid,omitempty"`

@@ -54,6 +54,8 @@ type Config struct {
 	TimerSlack time.Duration `cbor:"10,keyasint,omitempty"`
 	// FullArgv0 is agent.Config.FullArgv0.
 	FullArgv0 bool `cbor:"11,keyasint,omitempty"`
+	// Net are network interfaces to bring up (gondola.net=, repeatable).
+	Net []Net `cbor:"-"`
 }
 
 // Marshal returns the file's content.
@@ -84,6 +86,11 @@ func (c *Config) Apply(cmdline string) (unknown []string) {
 			c.Port = value
 		case "console":
 			c.Console = value
+		case "net":
+			n, err := ParseNet(value)
+			if good = err == nil; good {
+				c.Net = append(c.Net, n)
+			}
 		case "poweroff":
 			if good = value == "reset" || value == "poweroff" || value == "halt"; good {
 				c.PowerOff = value

@@ -81,6 +81,11 @@ func Run(software string) {
 	if err := loopbackUp(); err != nil {
 		logf("loopback: %v", err)
 	}
+	for _, n := range d.conf.Net {
+		if err := netUp(n); err != nil {
+			logf("%v", err)
+		}
+	}
 	go d.signals()
 
 	port, err := findPort(d.conf.Port)

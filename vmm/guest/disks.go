@@ -167,7 +167,7 @@ func (g *Guest) Devices() []iostat.Info {
 		}
 		list = append(list, i)
 	}
-	return list
+	return append(list, g.netInfo()...)
 }
 
 // Limiter has the rate limits of a device, which may be changed at any time.
@@ -176,6 +176,9 @@ func (g *Guest) Limiter(device string) (*ratelimit.Limiter, error) {
 		if s.name == device {
 			return s.dev.Limiter(), nil
 		}
+	}
+	if g.net != nil && device == "eth0" {
+		return g.net.Limiter(), nil
 	}
 	return nil, fmt.Errorf("%w: %s", ErrNoDevice, device)
 }

@@ -21,7 +21,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/gondola-vmm/gondola/devices/usernet"
 	"github.com/gondola-vmm/gondola/devices/virtio/console"
+	"github.com/gondola-vmm/gondola/devices/virtio/net"
 	"github.com/gondola-vmm/gondola/devices/virtio/rng"
 	"github.com/gondola-vmm/gondola/firmware"
 	"github.com/gondola-vmm/gondola/firmware/guestkernel"
@@ -109,6 +111,8 @@ type Config struct {
 	// of empty ones behind them, for AttachDisk.
 	Disks     []Disk
 	DiskSlots int
+	// Net is the guest's network, nil for none.
+	Net *Network
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
 	// Agent is the content of the agent's binary; nil: package agentbin finds
@@ -141,6 +145,10 @@ type Guest struct {
 	times  Times
 	hello  proto.Hello
 	disks  disks
+
+	net     *net.Device // nil: no network
+	netKind string
+	user    *usernet.Network // nil: another network
 
 	stop    context.CancelFunc
 	done    chan struct{} // closed when the run has ended
@@ -207,6 +215,12 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	}
 	for _, d := range g.disks.list {
 		devices = append(devices, vmm.Virtio{Name: "virtio disk " + d.name, Device: d.dev})
+	}
+	if err := g.openNetwork(cfg.Net); err != nil {
+		return nil, err
+	}
+	if g.net != nil {
+		devices = append(devices, vmm.Virtio{Name: "virtio net", Device: g.net})
 	}
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
@@ -315,6 +329,9 @@ func (c Config) cmdline() string {
 		words = append(words, "quiet")
 	}
 	words = append(words, "reboot=k", "panic=-1", "8250.nr_uarts=1", "rootfstype=ramfs")
+	if w := c.Net.word(); w != "" {
+		words = append(words, w)
+	}
 	if c.Cmdline != "" {
 		words = append(words, c.Cmdline)
 	}
@@ -458,6 +475,9 @@ func (g *Guest) Close() error {
 			errs = append(errs, g.vm.Close()) // closes the ports, too
 		} else if g.con != nil {
 			errs = append(errs, g.con.Close(), g.closeDisks())
+			if g.net != nil {
+				errs = append(errs, g.net.Close())
+			}
 		}
 		if g.agent != nil {
 			g.agent.Close() // says how the port ended
