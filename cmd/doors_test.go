@@ -36,6 +36,7 @@ var doors = map[string][]string{
 	"guestagent/proto":     {},
 	"guestagent":           {"guestagent/..."},
 	"snapshot":             {"vmm", "vmm/mem", "guestagent/proto"},
+	"snapshot/store":       {"vmm/mem"},
 	"scheduler":            {"scheduler/..."},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},

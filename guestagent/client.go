@@ -30,6 +30,8 @@ type Options struct {
 	// Hello is what is said of the host; see proto.Hello for the clock and
 	// the random seed that an init may take from it.
 	Hello proto.Hello
+	// SayHello, if set, completes each Hello before it is sent. It must not block.
+	SayHello func(*proto.Hello)
 	// OnEvent receives the guest's events on the reading goroutine: it must
 	// not block.
 	OnEvent func(proto.Event)
@@ -50,7 +52,7 @@ func NewClient(rwc io.ReadWriteCloser, o Options) *Client {
 		o.Hello.Role = "host"
 	}
 	c := &Client{done: make(chan struct{})}
-	c.conn = proto.NewConn(rwc, proto.Config{Hello: o.Hello, OnEvent: o.OnEvent})
+	c.conn = proto.NewConn(rwc, proto.Config{Hello: o.Hello, SayHello: o.SayHello, OnEvent: o.OnEvent})
 	go func() {
 		c.err = c.conn.Run()
 		close(c.done)

@@ -34,16 +34,22 @@ func (vm *VM) attachAll() error {
 		}
 		reset := func() { vm.end(Exit{Reason: Reset, VCPU: -1}) }
 		low := min(vm.cfg.Memory, uint64(mem.HoleStart))
-		for _, d := range []interface{ Attach(legacy.Bus) error }{
-			legacy.NewI8042(reset, kbd),
-			legacy.NewResetPorts(reset),
-			legacy.NewRTC(legacy.RTCConfig{Now: time.Now, Low: low, High: vm.cfg.Memory - low}),
-			&legacy.POST{},
-			&vm.debug,
-			legacy.NewExitPort(func(code uint32) { vm.end(Exit{Reason: Exited, Code: code, VCPU: -1}) }),
+		for _, d := range []struct {
+			name string
+			dev  interface{ Attach(legacy.Bus) error }
+		}{
+			{"i8042", legacy.NewI8042(reset, kbd)},
+			{"reset ports", legacy.NewResetPorts(reset)},
+			{"RTC", legacy.NewRTC(legacy.RTCConfig{Now: time.Now, Low: low, High: vm.cfg.Memory - low})},
+			{"POST", &legacy.POST{}},
+			{"", &vm.debug}, // the others keep nothing that the guest can see
+			{"", legacy.NewExitPort(func(code uint32) { vm.end(Exit{Reason: Exited, Code: code, VCPU: -1}) })},
 		} {
-			if err := d.Attach(vm.pio); err != nil {
+			if err := d.dev.Attach(vm.pio); err != nil {
 				return err
+			}
+			if d.name != "" {
+				vm.addPart(d.name, d.dev)
 			}
 		}
 		off := &pm1Control{powerOff: func() { vm.end(Exit{Reason: Halted, VCPU: -1}) }}
@@ -68,17 +74,29 @@ type Slots struct{ vm *VM }
 // Memory is the guest's memory.
 func (s *Slots) Memory() *mem.Memory { return s.vm.mem }
 
-// Ports claims size I/O ports from base for h.
+// Ports claims size I/O ports from base for h. If h is a devices.Stateful its state
+// is part of the machine's, under its name; if it is a Stateless, it has none; with
+// any other handler the machine cannot be saved. If h has methods Pause and Resume,
+// they are called when the machine pauses and goes on.
 func (s *Slots) Ports(base uint16, size int, name string, h devices.Handler) error {
-	return claimed(s.vm.pio.Register(uint64(base), uint64(size), name, h))
+	if err := s.vm.pio.Register(uint64(base), uint64(size), name, h); err != nil {
+		return claimed(err)
+	}
+	s.vm.addPart(name, h)
+	return nil
 }
 
-// Window claims size bytes of guest-physical address space from base for h.
+// Window claims size bytes of guest-physical address space from base for h, as
+// Ports does.
 func (s *Slots) Window(base mem.Addr, size uint64, name string, h devices.Handler) error {
 	if base < mem.HoleStart || size > uint64(mem.HoleEnd-base) || base >= mem.HoleEnd {
 		return fmt.Errorf("%w: %s at %#x, %d bytes: devices go between %#x and %#x", ErrConfig, name, base, size, mem.HoleStart, mem.HoleEnd)
 	}
-	return claimed(s.vm.mmio.Register(uint64(base), size, name, h))
+	if err := s.vm.mmio.Register(uint64(base), size, name, h); err != nil {
+		return claimed(err)
+	}
+	s.vm.addPart(name, h)
+	return nil
 }
 
 // Line claims a GSI, driven by level.
@@ -115,7 +133,6 @@ func (s *Slots) Virtio(name string, dev virtio.Device) error {
 	}
 	vm.nextMMIO += virtio.WindowSize
 	vm.windows = append(vm.windows, firmware.VirtioMMIO{Base: base, Size: virtio.WindowSize, GSI: gsi})
-	vm.quiesce = append(vm.quiesce, t)
 	return nil
 }
 
@@ -123,12 +140,12 @@ func (s *Slots) Virtio(name string, dev virtio.Device) error {
 // memory goes away.
 func (s *Slots) AtClose(f func() error) { s.vm.atClose(f) }
 
-func claimed(err error) error {
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrConfig, err)
-	}
-	return nil
-}
+func claimed(err error) error { return fmt.Errorf("%w: %w", ErrConfig, err) }
+
+// Stateless is embedded in a handler that keeps nothing a guest can see.
+type Stateless struct{}
+
+func (Stateless) stateless() {}
 
 // Virtio attaches a virtio device model.
 type Virtio struct {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"sync/atomic"
 
+	"github.com/gondola-vmm/gondola/devices"
 	"github.com/gondola-vmm/gondola/firmware"
 )
 
@@ -33,4 +34,22 @@ func (p *pm1Control) Write(off uint64, data []byte) {
 	if v&firmware.ACPIPowerOffMask == firmware.ACPIPowerOff {
 		p.powerOff()
 	}
+}
+
+type savedPM1 struct {
+	Control uint16 `cbor:"1,keyasint"`
+}
+
+// SaveState implements devices.Stateful.
+func (p *pm1Control) SaveState() (devices.State, error) {
+	return devices.EncodeState(stateVersion, savedPM1{uint16(p.value.Load())})
+}
+
+// LoadState implements devices.Stateful.
+func (p *pm1Control) LoadState(st devices.State) (func(), error) {
+	var v savedPM1
+	if err := devices.DecodeState(st, stateVersion, &v); err != nil {
+		return nil, err
+	}
+	return func() { p.value.Store(uint32(v.Control)) }, nil
 }

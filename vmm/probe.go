@@ -90,7 +90,7 @@ func probe(sys *kvm.System) (r HostReport, err error) {
 		return r, err
 	}
 	defer vm.Close()
-	if err := mapMemory(vm, m); err != nil {
+	if err := mapMemory(vm, m, 0); err != nil {
 		return r, err
 	}
 	k, err := vm.CreateVCPU(0, runSize)

@@ -31,7 +31,8 @@ type vcpu struct {
 	attention atomic.Bool
 	// Guarded by VM.mu.
 	parked bool
-	live   bool // the thread has its KVM vCPU and can be kicked
+	live   bool   // the thread has its KVM vCPU and can be kicked
+	job    func() // to be done on the thread while it is parked
 
 	pvm *pvmCPU // nil on a hardware host
 
@@ -86,7 +87,14 @@ func (c *vcpu) park() bool {
 	defer vm.mu.Unlock()
 	c.parked = true
 	vm.changed.Broadcast()
-	for vm.want == wantPause {
+	for vm.want == wantPause || c.job != nil {
+		if job := c.job; job != nil {
+			c.job = nil
+			vm.mu.Unlock()
+			job()
+			vm.mu.Lock()
+			continue
+		}
 		vm.changed.Wait()
 	}
 	if vm.want == wantClose {
@@ -258,6 +266,9 @@ func (c *vcpu) setup() error {
 		c.pvm = newPVMCPU(c)
 	}
 	if c.id == 0 {
+		if khz, err := k.TSCKHz(); err == nil {
+			vm.tscKHz = khz
+		}
 		return enter(k, vm.entry)
 	}
 	return nil

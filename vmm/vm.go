@@ -48,6 +48,8 @@ type VM struct {
 	runSize     int
 	cpuid       []kvm.CPUIDEntry
 	tscDeadline bool
+	xsave       int    // bytes of a vCPU's extended state
+	tscKHz      uint32 // of the guest's TSC; 0: not known
 	entry       firmware.Entry
 	cmdline     string
 
@@ -63,6 +65,7 @@ type VM struct {
 	nextMMIO mem.Addr
 	windows  []firmware.VirtioMMIO
 	quiesce  []quiescer
+	parts    []part         // devices, in the order of the guest's state
 	closers  []func() error // run in reverse when the machine closes
 
 	vcpus   []*vcpu
@@ -79,8 +82,15 @@ type VM struct {
 	paused  bool
 	// quiesced: the devices do not touch guest memory.
 	quiesced bool
+	busy     bool  // in Freeze
 	exit     *Exit // how the run ended
 	closed   chan struct{}
+
+	// What follows belongs to whoever has the machine frozen.
+	tracking bool     // changes of memory are noted
+	dirtyLog []uint64 // for KVM's
+	dropped  []uint64 // for the VMM's own that do not count
+	msrs     []uint32 // that make up a vCPU's state
 }
 
 // quiescer is a device that works on guest memory on its own goroutines.
@@ -165,12 +175,16 @@ func (vm *VM) create(sys *kvm.System) (err error) {
 	if vm.kvm, err = sys.CreateVM(); err != nil {
 		return err
 	}
+	if vm.xsave, err = vm.kvm.CheckExtension(kvm.CapXSave2); err != nil {
+		return err
+	}
+	vm.xsave = max(vm.xsave, len(kvm.XSave{})) // 0 on kernels that know no larger ones
 	if vm.host == HostPVM {
 		if err := vm.preparePVM(); err != nil {
 			return err
 		}
 	}
-	if err := mapMemory(vm.kvm, vm.mem); err != nil {
+	if err := vm.mapMemory(0); err != nil {
 		return err
 	}
 	// Where PC firmware would be, below 4 GiB: pages that VMX keeps for itself.
@@ -193,10 +207,11 @@ func (vm *VM) create(sys *kvm.System) (err error) {
 }
 
 // mapMemory makes a memslot of each region of RAM.
-func mapMemory(k *kvm.VM, m *mem.Memory) error {
+func mapMemory(k *kvm.VM, m *mem.Memory, flags uint32) error {
 	for i, r := range m.Regions() {
 		if err := k.SetUserMemoryRegion(kvm.UserspaceMemoryRegion{
 			Slot:          uint32(i),
+			Flags:         flags,
 			GuestPhysAddr: uint64(r.Start),
 			MemorySize:    r.Size,
 			UserspaceAddr: uint64(m.Host(r)),
@@ -316,21 +331,21 @@ func (vm *VM) Stop() { vm.end(Exit{Reason: Stopped, VCPU: -1}) }
 func (vm *VM) Pause(ctx context.Context) error {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
+	if err := vm.await(ctx, func() bool { return !vm.busy }); err != nil {
+		return err
+	}
+	return vm.pause(ctx)
+}
+
+// pause is Pause. VM.mu is held, and not all the time.
+func (vm *VM) pause(ctx context.Context) error {
 	if vm.exit != nil {
 		return ErrEnded
 	}
 	vm.paused = true
 	vm.setWant(wantPause)
-	defer context.AfterFunc(ctx, func() {
-		vm.mu.Lock()
-		vm.changed.Broadcast()
-		vm.mu.Unlock()
-	})()
-	for !vm.allParked() {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		vm.changed.Wait()
+	if err := vm.await(ctx, vm.allParked); err != nil {
+		return err
 	}
 	if vm.exit != nil {
 		return ErrEnded
@@ -344,12 +359,25 @@ func (vm *VM) Pause(ctx context.Context) error {
 	return nil
 }
 
-// Resume lets a paused machine go on. ErrEnded if the run is over.
+// Resume lets a paused machine go on; it waits while the machine is frozen.
+// ErrEnded if the run is over.
 func (vm *VM) Resume() error {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
+	for vm.busy {
+		vm.changed.Wait()
+	}
 	if vm.exit != nil {
 		return ErrEnded
+	}
+	vm.resume()
+	return nil
+}
+
+// resume is Resume. VM.mu is held.
+func (vm *VM) resume() {
+	if vm.exit != nil {
+		return
 	}
 	vm.paused = false
 	if vm.quiesced {
@@ -361,7 +389,6 @@ func (vm *VM) Resume() error {
 	if vm.started {
 		vm.setWant(wantRun)
 	}
-	return nil
 }
 
 // atClose registers what Close has to undo.
@@ -380,6 +407,9 @@ func (vm *VM) Close() error {
 		vm.exit = &Exit{Reason: Stopped, VCPU: -1}
 	}
 	vm.setWant(wantClose)
+	for vm.busy {
+		vm.changed.Wait()
+	}
 	vm.mu.Unlock()
 	defer close(vm.closed)
 

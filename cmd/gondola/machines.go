@@ -108,6 +108,7 @@ type publication struct {
 type published struct {
 	home   *control.Home
 	server *control.Server
+	states *states
 }
 
 // publish makes a machine known under the configuration's name, which it changes
@@ -145,7 +146,9 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 			return nil, errors.Join(err, dir.Close(), home.Close())
 		}
 	}
+	states := newStates(dir.Name())
 	server, err := control.Serve(dir, control.Config{
+		Ops:  states.ops(),
 		Info: info, Log: log, Software: "gondola " + buildVersion(),
 		Interrupt: func() { p.interrupt(exitCode(128 + int(syscall.SIGTERM))) },
 	})
@@ -162,12 +165,13 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 	if p.background != nil {
 		cfg.Output = io.MultiWriter(cfg.Output, log)
 	}
-	return &published{home: home, server: server}, nil
+	return &published{home: home, server: server, states: states}, nil
 }
 
 // attach connects the machine when it runs.
 func (p *published) attach(g *guest.Guest) {
 	if p != nil {
+		p.states.attach(g)
 		p.server.Attach(controlled{g})
 	}
 }
@@ -177,7 +181,7 @@ func (p *published) Close() {
 	if p == nil {
 		return
 	}
-	if err := errors.Join(p.server.Close(), p.home.Close()); err != nil {
+	if err := errors.Join(p.server.Close(), p.states.Close(), p.home.Close()); err != nil {
 		fmt.Fprintf(os.Stderr, "gondola: %v\n", err)
 	}
 }

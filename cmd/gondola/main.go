@@ -76,8 +76,7 @@ signal N; otherwise the guest command's own.`,
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), versionCommand(),
 		psCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), pauseCommand(), resumeCommand(),
-		diskCommand(), limitsCommand(),
-		testExecCommand())
+		diskCommand(), limitsCommand(), stateCommand(), testExecCommand())
 	return root
 }
 

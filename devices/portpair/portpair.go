@@ -92,11 +92,13 @@ type Device struct {
 		buffer
 		busy, bad bool
 		off       uint32 // bytes read
+		restored  bool   // what was read last is of another time: io.EOF is due
 	}
 	b struct {
 		buffer
-		bad     bool
-		message []byte // at hand, nil if none
+		bad      bool
+		message  []byte // at hand, nil if none
+		restores uint64 // times that LoadState replaced it
 	}
 	enable uint32
 	high   bool
@@ -219,11 +221,16 @@ func status(busy, bad bool) (v uint32) {
 
 // ring is the doorbell of A.
 func (d *Device) ring() {
-	d.a.bad = d.a.busy || d.a.len == 0 || d.a.len > MaxMessage || !d.mem.Contains(mem.Addr(d.a.addr), uint64(d.a.len))
+	d.a.bad = d.a.busy || !d.fits(d.a.addr, d.a.len)
 	if !d.a.bad {
 		d.a.busy, d.a.off = true, 0
 		d.changed.Broadcast()
 	}
+}
+
+// fits tells whether a buffer of the guest's can be a message.
+func (d *Device) fits(addr uint64, n uint32) bool {
+	return n != 0 && n <= MaxMessage && d.mem.Contains(mem.Addr(addr), uint64(n))
 }
 
 // command performs a command of B. The copy is of at most MaxMessage bytes.
@@ -239,11 +246,16 @@ func (d *Device) command(v uint32) {
 
 // update drives the interrupt line. d.mu is held.
 func (d *Device) update() {
-	high := d.enable&enableB != 0 && d.b.message != nil || d.enable&enableA != 0 && !d.a.busy
+	high := d.level()
 	if high != d.high && d.line != nil {
 		d.line.Set(high)
 	}
 	d.high = high
+}
+
+// level is what the interrupt line shall be. d.mu is held.
+func (d *Device) level() bool {
+	return d.enable&enableB != 0 && d.b.message != nil || d.enable&enableA != 0 && !d.a.busy
 }
 
 // Close ends reads and writes at both ends with net.ErrClosed. It is idempotent.
@@ -265,11 +277,15 @@ type portA struct{ *Device }
 func (p portA) Read(buf []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for !p.a.busy && !p.closed {
+	for !p.a.busy && !p.closed && !p.a.restored {
 		p.changed.Wait()
 	}
 	if p.closed {
 		return 0, closed("read")
+	}
+	if p.a.restored {
+		p.a.restored = false
+		return 0, io.EOF
 	}
 	left := p.a.len - p.a.off
 	if left == 0 {
@@ -300,19 +316,28 @@ func (p portB) Write(msg []byte) (int, error) {
 	defer p.writes.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return 0, closed("write")
+	for {
+		for p.b.message != nil && !p.closed { // one that a restored guest had at hand
+			p.changed.Wait()
+		}
+		if p.closed {
+			return 0, closed("write")
+		}
+		p.b.message = msg
+		p.update()
+		restores := p.b.restores
+		for p.b.message != nil && p.b.restores == restores && !p.closed {
+			p.changed.Wait()
+		}
+		switch {
+		case p.b.restores != restores && !p.closed: // the guest is another one, which has not seen it
+		case p.b.message != nil:
+			p.b.message = nil
+			return 0, closed("write")
+		default:
+			return len(msg), nil
+		}
 	}
-	p.b.message = msg
-	p.update()
-	for p.b.message != nil && !p.closed {
-		p.changed.Wait()
-	}
-	if p.b.message != nil {
-		p.b.message = nil
-		return 0, closed("write")
-	}
-	return len(msg), nil
 }
 
 func closed(op string) error { return fmt.Errorf("portpair: %s: %w", op, net.ErrClosed) }

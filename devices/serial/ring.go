@@ -38,3 +38,15 @@ func (r *ring) skip(n int) {
 }
 
 func (r *ring) clear() { r.head, r.n = 0, 0 }
+
+// bytes returns a copy of what is in the ring.
+func (r *ring) bytes() []byte {
+	b := make([]byte, 0, r.n)
+	first := r.peek(r.n)
+	return append(append(b, first...), r.buf[:r.n-len(first)]...)
+}
+
+// fill replaces what is in the ring.
+func (r *ring) fill(p []byte) {
+	r.head, r.n = 0, copy(r.buf, p)
+}

@@ -88,6 +88,10 @@ const (
 	fifoSize = 16
 	inSize   = 256
 	outSize  = 64 << 10
+	// emptyRoom is the room in the queue with which the transmitter is empty:
+	// a full FIFO, and another one for a guest that is put back to when its
+	// transmitter was (LoadState).
+	emptyRoom = 2 * fifoSize
 	// chunk bounds one write to the embedder, and so the time for which a
 	// slow one leaves the transmitter busy.
 	chunk = 4 << 10
@@ -125,6 +129,7 @@ type UART struct {
 	feeders int
 	held    bool
 	closed  bool
+	used    bool // the guest sent something, or a state was loaded
 
 	wake    sync.Cond     // bytes to transmit, or closed
 	drained sync.Cond     // nothing to transmit, or closed
@@ -414,8 +419,9 @@ func (u *UART) send(v byte) {
 	case u.out.room() == 0:
 		u.dropped++
 	default:
+		u.used = true
 		u.out.push(v)
-		s.empty = u.out.room() >= fifoSize
+		s.empty = u.out.room() >= emptyRoom
 		if u.idle {
 			u.idle = false
 			u.wake.Signal()
@@ -493,7 +499,7 @@ func (u *UART) transmit() {
 
 // ready makes the transmitter empty if the queue has room again.
 func (u *UART) ready() {
-	if !u.s.empty && u.out.room() >= fifoSize {
+	if !u.s.empty && u.out.room() >= emptyRoom {
 		u.s.empty, u.s.thri = true, true
 		poke(u.thre)
 		u.update()

@@ -103,6 +103,15 @@ type Device struct {
 	high bool
 
 	reads, writes sync.Mutex // one reader and one writer at a time
+
+	// state guards the region on the host's side: whoever moves bytes or indices
+	// holds it, and looks whether the device is paused first.
+	state    sync.Mutex
+	paused   bool
+	restored bool   // what was read last is of another time: io.EOF is due
+	restores uint64 // loads of a state
+	writing  []byte // what is not in the ring yet of a message of which a part is
+	rest     []byte // the same, of a message in another time (LoadState)
 }
 
 // ring is where one of the rings and its indices are. Indices count bytes and
@@ -180,6 +189,11 @@ func (d *Device) Read(_ uint64, data []byte) {
 // When it returns, the interrupt line says what the guest's indices say.
 func (d *Device) Write(uint64, []byte) {
 	d.update()
+	d.wake()
+}
+
+// wake makes both ends look at their rings.
+func (d *Device) wake() {
 	for _, r := range []*ring{&d.requests, &d.events} {
 		select {
 		case r.bell <- struct{}{}:
@@ -196,13 +210,18 @@ func (d *Device) update() {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	head, tail, err := d.load(&d.events)
-	on, err2 := d.mem.Load32(d.cfg.Range.Start + offEnable)
-	high := err == nil && err2 == nil && head != tail && on != 0
+	high := d.level()
 	if high != d.high {
 		d.line.Set(high)
 	}
 	d.high = high
+}
+
+// level is what the interrupt line shall be. d.mu is held.
+func (d *Device) level() bool {
+	head, tail, err := d.load(&d.events)
+	on, err2 := d.mem.Load32(d.cfg.Range.Start + offEnable)
+	return err == nil && err2 == nil && head != tail && on != 0
 }
 
 // load reads a ring's indices.
@@ -244,31 +263,48 @@ type portA struct{ *Device }
 func (p portA) Read(buf []byte) (int, error) {
 	p.reads.Lock()
 	defer p.reads.Unlock()
-	r := &p.requests
 	for {
 		select {
 		case <-p.closed:
 			return 0, closed("read")
 		default:
 		}
-		head, tail, err := p.load(r)
-		if err != nil {
-			return 0, fmt.Errorf("sharedregion: read: %w", err)
+		if n, done, err := p.read(buf); done || err != nil {
+			return n, err
 		}
-		if head-tail > r.size {
-			p.broken.Add(1)
-			if err := p.mem.Store32(r.tail, head); err != nil {
-				return 0, fmt.Errorf("sharedregion: read: %w", err)
-			}
-			return 0, io.EOF
-		}
-		if n := min(uint64(head-tail), uint64(len(buf))); n > 0 || len(buf) == 0 {
-			return int(n), p.move(r, tail, buf[:n], p.mem.ReadAt, r.tail)
-		}
-		if err := p.wait(r, "read"); err != nil {
+		if err := p.wait(&p.requests, "read"); err != nil {
 			return 0, err
 		}
 	}
+}
+
+// read reads what is there; done is false if there is nothing to return yet.
+func (p portA) read(buf []byte) (n int, done bool, err error) {
+	p.state.Lock()
+	defer p.state.Unlock()
+	if p.restored {
+		p.restored = false
+		return 0, true, io.EOF
+	}
+	if p.paused {
+		return 0, false, nil
+	}
+	r := &p.requests
+	head, tail, err := p.load(r)
+	if err != nil {
+		return 0, true, fmt.Errorf("sharedregion: read: %w", err)
+	}
+	if head-tail > r.size {
+		p.broken.Add(1)
+		if err := p.mem.Store32(r.tail, head); err != nil {
+			return 0, true, fmt.Errorf("sharedregion: read: %w", err)
+		}
+		return 0, true, io.EOF
+	}
+	if k := min(uint64(head-tail), uint64(len(buf))); k > 0 || len(buf) == 0 {
+		return int(k), true, p.move(r, tail, buf[:k], p.mem.ReadAt, r.tail)
+	}
+	return 0, false, nil
 }
 
 // move copies buf from or to the ring at index i, in two parts where the ring
@@ -298,35 +334,74 @@ type portB struct{ *Device }
 func (p portB) Write(msg []byte) (n int, err error) {
 	p.writes.Lock()
 	defer p.writes.Unlock()
-	r := &p.events
+	defer func() {
+		p.state.Lock()
+		p.writing = nil
+		p.state.Unlock()
+	}()
+	restores := uint64(0)
 	for n < len(msg) {
 		select {
 		case <-p.closed:
 			return n, closed("write")
 		default:
 		}
-		head, tail, err := p.load(r)
+		k, err := p.write(msg, &n, &restores)
 		if err != nil {
-			return n, fmt.Errorf("sharedregion: write: %w", err)
+			return n, err
 		}
-		if head-tail > r.size {
-			p.broken.Add(1)
-			if err := p.mem.Store32(r.head, tail); err != nil {
-				return n, fmt.Errorf("sharedregion: write: %w", err)
-			}
-			return n, ErrIndex
-		}
-		if k := int(min(uint64(r.size-(head-tail)), uint64(len(msg)-n))); k > 0 {
-			if err := p.move(r, head, msg[n:n+k], p.mem.WriteAt, r.head); err != nil {
-				return n, err
-			}
-			n += k
+		if k {
 			p.update()
 			continue
 		}
-		if err := p.wait(r, "write"); err != nil {
+		if err := p.wait(&p.events, "write"); err != nil {
 			return n, err
 		}
 	}
 	return n, nil
+}
+
+// write moves what there is room for, and tells whether that was anything; n is how
+// much of msg is in the ring.
+func (p portB) write(msg []byte, n *int, restores *uint64) (moved bool, err error) {
+	p.state.Lock()
+	defer p.state.Unlock()
+	if *n > 0 && p.restores != *restores {
+		*n = 0 // the guest is another one, which has nothing of it
+	}
+	*restores = p.restores
+	if p.paused {
+		return false, nil
+	}
+	r := &p.events
+	head, tail, err := p.load(r)
+	if err != nil {
+		return false, fmt.Errorf("sharedregion: write: %w", err)
+	}
+	if head-tail > r.size {
+		p.broken.Add(1)
+		p.rest = nil
+		if err := p.mem.Store32(r.head, tail); err != nil {
+			return false, fmt.Errorf("sharedregion: write: %w", err)
+		}
+		return false, ErrIndex
+	}
+	piece := msg[*n:]
+	if len(p.rest) > 0 {
+		piece = p.rest
+	}
+	k := int(min(uint64(r.size-(head-tail)), uint64(len(piece))))
+	if k == 0 {
+		return false, nil
+	}
+	if err := p.move(r, head, piece[:k], p.mem.WriteAt, r.head); err != nil {
+		return false, err
+	}
+	if len(p.rest) > 0 {
+		p.rest = p.rest[k:]
+		return true, nil
+	}
+	*n += k
+	p.writing = msg[*n:]
+	return true, nil
 }

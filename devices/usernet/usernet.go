@@ -22,6 +22,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -88,10 +89,26 @@ type Network struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	once   sync.Once
+	flows  atomic.Pointer[flows]
 	tcp    chan struct{} // a slot for each connection
 	udp    chan struct{}
 
 	listeners []net.Listener
+}
+
+// flows is the life of the connections and flows that there are.
+type flows struct {
+	context.Context
+	cancel context.CancelFunc
+}
+
+// Reset ends all connections and flows: those of a guest that was taken back to an
+// earlier state. Its side of them is answered with a reset when it goes on.
+func (n *Network) Reset() {
+	ctx, cancel := context.WithCancel(n.ctx)
+	if old := n.flows.Swap(&flows{ctx, cancel}); old != nil {
+		old.cancel()
+	}
 }
 
 func addr(a netip.Addr) tcpip.Address { return tcpip.AddrFrom4(a.As4()) }
@@ -103,6 +120,7 @@ func New(cfg Config) (_ *Network, err error) {
 	}
 	n := &Network{cfg: cfg, tcp: make(chan struct{}, maxFlows), udp: make(chan struct{}, maxFlows)}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
+	n.Reset()
 	n.ep = channel.New(queueFrames, uint32(cfg.MTU)+header.EthernetMinimumSize, gatewayMAC)
 	// What comes over memory needs no checksum.
 	n.ep.LinkEPCapabilities = stack.CapabilityRXChecksumOffload
@@ -265,7 +283,7 @@ func (n *Network) handleTCP(r *tcp.ForwarderRequest) {
 		out.Close()
 		return
 	}
-	n.splice(gonet.NewTCPConn(&wq, ep), out)
+	n.splice(tcpConn{gonet.NewTCPConn(&wq, ep), ep}, out)
 }
 
 // begin takes a slot, if there is one and the network is not closed.
@@ -288,21 +306,34 @@ func (n *Network) end(slots chan struct{}) {
 	n.wg.Done()
 }
 
+// tcpConn is a connection that can be aborted, with a reset to the guest.
+type tcpConn struct {
+	*gonet.TCPConn
+	ep tcpip.Endpoint
+}
+
+func (c tcpConn) Abort() {
+	if c.ep != nil {
+		c.ep.Abort()
+	}
+	c.Close()
+}
+
 type halfCloser interface {
 	net.Conn
 	CloseWrite() error
 }
 
 // splice copies both ways until both have ended, one failed, or the network ends.
-func (n *Network) splice(a *gonet.TCPConn, out net.Conn) {
+func (n *Network) splice(a tcpConn, out net.Conn) {
 	b, ok := out.(halfCloser)
 	if !ok {
 		a.Close()
 		out.Close()
 		return
 	}
-	stop := context.AfterFunc(n.ctx, func() {
-		a.Close()
+	stop := context.AfterFunc(n.flows.Load(), func() {
+		a.Abort()
 		b.Close()
 	})
 	defer stop()
@@ -348,7 +379,8 @@ func (n *Network) flow(a *gonet.UDPConn, to string) {
 		return
 	}
 	defer b.Close()
-	stop := context.AfterFunc(n.ctx, func() {
+	life := n.flows.Load()
+	stop := context.AfterFunc(life, func() {
 		a.Close()
 		b.Close()
 	})
@@ -363,7 +395,7 @@ func (n *Network) flow(a *gonet.UDPConn, to string) {
 			case errors.As(err, &t) && t.Timeout():
 				to.Close()
 				return
-			case err != nil && (n.ctx.Err() != nil || errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF)):
+			case err != nil && (life.Err() != nil || errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF)):
 				return
 			case err != nil: // refused, for example: UDP goes on
 				if _, ok := from.(*gonet.UDPConn); ok {
@@ -418,7 +450,7 @@ func (n *Network) listen(f Forward) error {
 					c.Close()
 					return
 				}
-				n.splice(in, c)
+				n.splice(tcpConn{TCPConn: in}, c)
 			}()
 		}
 	})

@@ -149,6 +149,25 @@ func (c *Chain) Wrote(n uint64) {
 	}
 }
 
+// skip leaves out the next n readable bytes.
+func (c *Chain) skip(n uint64) {
+	for c.rem -= n; n > 0; {
+		s := c.segs[c.r.seg]
+		k := min(n, uint64(s.Len-c.r.off))
+		c.r.advance(uint32(k), s.Len)
+		n -= k
+	}
+}
+
+// ReadBytes is the number of bytes that Read has given so far.
+func (c *Chain) ReadBytes() uint64 {
+	n := -c.rem
+	for _, s := range c.segs[:c.split] {
+		n += uint64(s.Len)
+	}
+	return n
+}
+
 func (c *cursor) advance(n, segLen uint32) {
 	if c.off += n; c.off == segLen {
 		c.seg, c.off = c.seg+1, 0

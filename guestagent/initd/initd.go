@@ -7,10 +7,13 @@
 package initd
 
 import (
+	"bytes"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -53,7 +56,8 @@ type initd struct {
 	reaper *agent.Reaper
 	agent  *agent.Agent
 
-	greeted bool // a first session has begun
+	greeted    bool   // a first session has begun
+	generation []byte // of the last session
 }
 
 // Run is the init's main function. software is what the agent says of itself.
@@ -177,32 +181,62 @@ func loopbackUp() error {
 	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
 }
 
+// generationFile tells programs in the guest which generation it is (spec S5.13).
+const generationFile = "/run/gondola/generation"
+
+// maxGeneration bounds a generation in bytes.
+const maxGeneration = 64
+
 // greet takes from the host what a young guest lacks: randomness, and the time of
 // day. The CMOS clock counts seconds, and a slow boot loses some of them before
 // Linux has a clock that does not depend on timer ticks. Later sessions leave a
-// clock alone that somebody may have set. Sessions follow one another.
+// clock alone that somebody may have set, unless the generation is another one: then
+// the guest was put back to an earlier state, where its clock stood still, and its
+// random generator would repeat itself. Sessions follow one another.
 func (d *initd) greet(h proto.Hello) {
+	young := !d.greeted
+	restored := d.greeted && len(h.Generation) > 0 && !bytes.Equal(h.Generation, d.generation)
+	d.greeted = true
+	if n := len(h.Seed); n > 0 && n <= 512 {
+		if err := addEntropy(h.Seed, restored); err != nil {
+			logf("entropy: %v", err)
+		}
+	}
 	var now unix.Timespec
 	const year2025 = 1735689600
 	if unix.ClockGettime(unix.CLOCK_REALTIME, &now) == nil && h.UnixNano > year2025*1e9 {
 		off := time.Duration(now.Nano() - h.UnixNano).Abs()
-		if now.Sec < year2025 || !d.greeted && off > 100*time.Millisecond {
+		if now.Sec < year2025 || (young || restored) && off > 100*time.Millisecond {
 			ts := unix.NsecToTimespec(h.UnixNano)
 			if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
 				logf("clock: %v", err)
 			}
 		}
 	}
-	d.greeted = true
-	if n := len(h.Seed); n > 0 && n <= 512 {
-		if err := addEntropy(h.Seed); err != nil {
-			logf("entropy: %v", err)
-		}
+	if n := len(h.Generation); n == 0 || n > maxGeneration || bytes.Equal(h.Generation, d.generation) {
+		return
+	}
+	d.generation = bytes.Clone(h.Generation)
+	if err := d.tellGeneration(); err != nil {
+		logf("generation: %v", err)
 	}
 }
 
-// addEntropy credits the seed to the kernel's pool (random(4)).
-func addEntropy(seed []byte) error {
+// tellGeneration writes the generation's file, wholly or not at all.
+func (d *initd) tellGeneration() error {
+	if err := os.MkdirAll(filepath.Dir(generationFile), 0o755); err != nil {
+		return err
+	}
+	tmp := generationFile + ".new"
+	if err := os.WriteFile(tmp, []byte(hex.EncodeToString(d.generation)+"\n"), 0o444); err != nil {
+		return err
+	}
+	return os.Rename(tmp, generationFile)
+}
+
+// addEntropy credits the seed to the kernel's pool; with now, the kernel's generator
+// is seeded from it at once, not when its time has come (random(4)).
+func addEntropy(seed []byte, now bool) error {
 	fd, err := syscall.Open("/dev/urandom", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -217,6 +251,12 @@ func addEntropy(seed []byte) error {
 	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info)))
 	if errno != 0 {
 		return errno
+	}
+	const reseed = 0x5207 // RNDRESEEDCRNG, linux/random.h
+	if now {
+		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), reseed, 0); errno != 0 {
+			return errno
+		}
 	}
 	return nil
 }

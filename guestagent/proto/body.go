@@ -24,6 +24,9 @@ type Hello struct {
 	MaxCalls   uint32 `cbor:"7,keyasint"`           // requests this side performs at once
 	UnixNano   int64  `cbor:"8,keyasint,omitempty"` // the sender's wall clock, host only
 	Seed       []byte `cbor:"9,keyasint,omitempty"` // random bytes for the guest's pool, host only
+	// Generation, of the host only, is another one whenever the guest has been put
+	// back to a saved state or is a copy (spec S5.13).
+	Generation []byte `cbor:"10,keyasint,omitempty"`
 }
 
 // Request is the body of a Request frame.

@@ -19,6 +19,11 @@ var (
 	// other side started anew or sent garbage. A new session may follow on
 	// the same connection.
 	ErrReset = errors.New("guest agent session ended")
+	// ErrBreak is what a transport's Read and Write return, or wrap, when the other
+	// side has become another one: what is read from now on does not continue what
+	// was read before, and what was written last is lost. The connection goes on
+	// with a new session.
+	ErrBreak = errors.New("the other side of the transport is another one")
 	// ErrVersion: no version of the protocol is spoken on both sides.
 	ErrVersion = errors.New("guest agent speaks no common protocol version")
 )
@@ -31,6 +36,8 @@ type Config struct {
 	// MaxCalls is the number of the other side's requests
 	// performed at once (default 64).
 	Hello Hello
+	// SayHello, if set, completes each Hello before it is sent. It must not block.
+	SayHello func(*Hello)
 	// Handlers perform operations, each call in a goroutine of its own.
 	Handlers map[string]func(*Call)
 	// OnEvent receives events, in order, on the reading goroutine: it must
@@ -79,11 +86,31 @@ func NewConn(rw io.ReadWriteCloser, cfg Config) *Conn {
 	}
 	cfg.Hello.MinVersion, cfg.Hello.MaxVersion = Version, Version
 	c := &Conn{
-		rw: rw, cfg: cfg, out: newOutbox(), dec: NewDecoder(rw),
+		rw: rw, cfg: cfg, out: newOutbox(),
 		self: nonce(), changed: make(chan struct{}),
 	}
-	c.dec.onSkip = func() { c.restart("something that is no frame was") }
+	c.newDecoder()
+	c.out.onBreak = c.anew
 	return c
+}
+
+func (c *Conn) newDecoder() {
+	c.dec = NewDecoder(c.rw)
+	c.dec.onSkip = func() { c.restart("something that is no frame was") }
+}
+
+// anew ends the session, if there is one, and asks for another, because the other
+// side has become another one.
+func (c *Conn) anew() {
+	c.mu.Lock()
+	c.endSession(fmt.Errorf("%w: %w", ErrReset, ErrBreak))
+	c.self, c.peer = nonce(), 0
+	c.out.purge()
+	hello := c.helloFrame()
+	c.wake()
+	c.mu.Unlock()
+	// An error means that the connection is over; read will see it too.
+	_ = c.out.put(hello, controlMark)
 }
 
 // nonce needs to differ from earlier ones, not to be secret. The runtime's
@@ -177,6 +204,9 @@ func (c *Conn) helloFrame() []byte {
 	if h.UnixNano != 0 {
 		h.UnixNano = time.Now().UnixNano() // a guest may take a minute to boot
 	}
+	if c.cfg.SayHello != nil {
+		c.cfg.SayHello(&h)
+	}
 	body, err := Marshal(h)
 	if err == nil {
 		var frame []byte
@@ -244,9 +274,16 @@ func marshalArgs(v any) (RawMessage, error) {
 
 // read dispatches frames until the reader fails.
 func (c *Conn) read() error {
+	var skipped uint64 // by earlier decoders
 	for {
 		f, err := c.dec.Next()
-		c.skipped.Store(c.dec.Skipped())
+		c.skipped.Store(skipped + c.dec.Skipped())
+		if errors.Is(err, ErrBreak) {
+			skipped += c.dec.Skipped()
+			c.newDecoder()
+			c.anew()
+			continue
+		}
 		if err != nil {
 			return err
 		}

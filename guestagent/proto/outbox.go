@@ -1,6 +1,7 @@
 package proto
 
 import (
+	"errors"
 	"io"
 	"sync"
 )
@@ -25,7 +26,9 @@ type outbox struct {
 	purges uint64
 	err    error
 	idle   bool // the writer has written all it took
-	free   [][]byte
+	// onBreak is called when what was written last is lost (ErrBreak).
+	onBreak func()
+	free    [][]byte
 }
 
 // Written frames of a size worth keeping are used again, so that a stream does
@@ -157,6 +160,10 @@ func (o *outbox) run(w io.Writer) error {
 		o.room.Broadcast()
 		o.mu.Unlock()
 		_, err := w.Write(out)
+		if errors.Is(err, ErrBreak) {
+			o.onBreak()
+			err = nil
+		}
 		o.mu.Lock()
 		if cap(first) == keepSize && len(o.free) < keepFrames {
 			o.free = append(o.free, first[:0])

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"sync"
@@ -57,6 +58,9 @@ type Config struct {
 	Interrupt func()
 	// Software is said in the handshake, "gondola 1.0".
 	Software string
+	// Ops are operations beside those of this package. A call's Cancelled tells
+	// when nobody waits for the answer any more.
+	Ops map[string]func(*proto.Call)
 	// MaxClients is how many may be connected at once (default 64).
 	MaxClients int
 }
@@ -202,27 +206,14 @@ func trusted(nc *net.UnixConn) bool {
 
 // admit serves a client, unless there are too many.
 func (s *Server) admit(nc net.Conn) bool {
+	handlers := maps.Clone(s.cfg.Ops)
+	if handlers == nil {
+		handlers = map[string]func(*proto.Call){}
+	}
+	maps.Copy(handlers, s.handlers())
 	conn := proto.NewConn(nc, proto.Config{
-		Hello: proto.Hello{Role: "machine", Software: s.cfg.Software, MaxCalls: callsPerClient},
-		Handlers: map[string]func(*proto.Call){
-			OpInfo:   handle(s.info),
-			OpStop:   s.stop,
-			OpLogs:   handle(s.logs),
-			OpPause:  handle(s.pause),
-			OpResume: handle(s.resume),
-
-			OpLimits:     handle(s.limits),
-			OpDiskAttach: handle(s.attachDisk),
-			OpDiskDetach: handle(s.detachDisk),
-
-			proto.OpExec: s.forward(passed{
-				in: []uint8{proto.StreamStdin, proto.StreamControl}, out: []uint8{proto.StreamStdout, proto.StreamStderr},
-			}),
-			proto.OpPut:  s.forward(passed{in: []uint8{proto.StreamStdin}}),
-			proto.OpGet:  s.forward(passed{out: []uint8{proto.StreamStdout}}),
-			proto.OpInfo: s.forward(passed{out: []uint8{proto.StreamStdout}}),
-			proto.OpPing: s.forward(passed{empty: true}),
-		},
+		Hello:    proto.Hello{Role: "machine", Software: s.cfg.Software, MaxCalls: callsPerClient},
+		Handlers: handlers,
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -237,6 +228,40 @@ func (s *Server) admit(nc net.Conn) bool {
 		s.mu.Unlock()
 	})
 	return true
+}
+
+// handlers are those of this package's operations.
+func (s *Server) handlers() map[string]func(*proto.Call) {
+	return map[string]func(*proto.Call){
+		OpInfo:   handle(s.info),
+		OpStop:   s.stop,
+		OpLogs:   handle(s.logs),
+		OpPause:  handle(s.pause),
+		OpResume: handle(s.resume),
+
+		OpLimits:     handle(s.limits),
+		OpDiskAttach: handle(s.attachDisk),
+		OpDiskDetach: handle(s.detachDisk),
+
+		proto.OpExec: s.forward(passed{
+			in: []uint8{proto.StreamStdin, proto.StreamControl}, out: []uint8{proto.StreamStdout, proto.StreamStderr},
+		}),
+		proto.OpPut:  s.forward(passed{in: []uint8{proto.StreamStdin}}),
+		proto.OpGet:  s.forward(passed{out: []uint8{proto.StreamStdout}}),
+		proto.OpInfo: s.forward(passed{out: []uint8{proto.StreamStdout}}),
+		proto.OpPing: s.forward(passed{empty: true}),
+	}
+}
+
+// Handle makes a handler for Config.Ops of a function: it decodes the arguments, ends
+// ctx when nobody waits for the answer any more, and answers with the result or the
+// error.
+func Handle[T any](f func(ctx context.Context, args *T) (any, error)) func(*proto.Call) {
+	return handle(func(c *proto.Call, args *T) (any, error) {
+		ctx, cancel := callContext(c)
+		defer cancel()
+		return f(ctx, args)
+	})
 }
 
 // running waits until the machine is attached and the call is still wanted.

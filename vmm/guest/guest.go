@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gondola-vmm/gondola/devices/usernet"
@@ -149,6 +150,8 @@ type Guest struct {
 	net     *net.Device // nil: no network
 	netKind string
 	user    *usernet.Network // nil: another network
+
+	generation atomic.Pointer[[]byte]
 
 	stop    context.CancelFunc
 	done    chan struct{} // closed when the run has ended
@@ -344,9 +347,14 @@ func (g *Guest) connect(cfg Config) error {
 	if err != nil {
 		return err
 	}
-	seed := make([]byte, 64)
-	_, _ = rand.Read(seed) // never fails
-	g.agent = guestagent.NewClient(port, guestagent.Options{Hello: proto.Hello{UnixNano: time.Now().UnixNano(), Seed: seed}})
+	g.Renew()
+	g.agent = guestagent.NewClient(agentPort{port}, guestagent.Options{SayHello: func(h *proto.Hello) {
+		h.UnixNano = time.Now().UnixNano()
+		h.Generation = *g.generation.Load()
+		// Another one each time: two copies of a guest must not get the same.
+		h.Seed = make([]byte, 64)
+		_, _ = rand.Read(h.Seed) // never fails
+	}})
 	if cfg.Console != VirtioConsole {
 		return nil
 	}
@@ -360,12 +368,42 @@ func (g *Guest) connect(cfg Config) error {
 	g.copies.Go(func() {
 		for {
 			// A session of the guest ends with EOF, and another may follow.
-			if _, err := io.Copy(out, struct{ io.Reader }{g.hvc}); err != nil {
+			if _, err := io.Copy(out, struct{ io.Reader }{g.hvc}); err != nil && !errors.Is(err, console.ErrRestored) {
 				return
 			}
 		}
 	})
 	return nil
+}
+
+// agentPort is the agent's port, on which a guest that was restored is another one.
+type agentPort struct{ *console.Port }
+
+func (p agentPort) Read(b []byte) (int, error) {
+	n, err := p.Port.Read(b)
+	return n, broken(err)
+}
+
+func (p agentPort) Write(b []byte) (int, error) {
+	n, err := p.Port.Write(b)
+	return n, broken(err)
+}
+
+func broken(err error) error {
+	if errors.Is(err, console.ErrRestored) {
+		return proto.ErrBreak
+	}
+	return err
+}
+
+// Renew gives the guest another generation: whoever puts it to a saved state calls
+// it before the guest goes on. The agent learns of it when it is connected again,
+// which follows by itself, and gives the guest the time of day and other random
+// numbers than its copies have (spec S5.13).
+func (g *Guest) Renew() {
+	id := make([]byte, 16)
+	_, _ = rand.Read(id) // never fails
+	g.generation.Store(&id)
 }
 
 // Ready waits until the agent answers. If the guest ends first, or ctx does, the

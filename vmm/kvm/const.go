@@ -19,15 +19,18 @@ const (
 	CapSetIdentityMapAddr     Cap = 37
 	CapAdjustClock            Cap = 39
 	CapVCPUEvents             Cap = 41
+	CapDebugRegs              Cap = 50
 	CapXSave                  Cap = 55
 	CapXCRs                   Cap = 56
 	CapMaxVCPUs               Cap = 66
+	CapGetTSCKHz              Cap = 61
 	CapTSCDeadlineTimer       Cap = 72
 	CapSyncRegs               Cap = 74
 	CapImmediateExit          Cap = 136
 	CapX86UserSpaceMSR        Cap = 188
 	CapX86MSRFilter           Cap = 189
 	CapExitOnEmulationFailure Cap = 204
+	CapXSave2                 Cap = 208
 )
 
 var capNames = map[Cap]string{
@@ -36,6 +39,7 @@ var capNames = map[Cap]string{
 	CapSetIdentityMapAddr: "SET_IDENTITY_MAP_ADDR", CapAdjustClock: "ADJUST_CLOCK", CapVCPUEvents: "VCPU_EVENTS",
 	CapXSave: "XSAVE", CapXCRs: "XCRS", CapMaxVCPUs: "MAX_VCPUS", CapTSCDeadlineTimer: "TSC_DEADLINE_TIMER",
 	CapSyncRegs: "SYNC_REGS", CapImmediateExit: "IMMEDIATE_EXIT", CapX86UserSpaceMSR: "X86_USER_SPACE_MSR",
+	CapDebugRegs: "DEBUGREGS", CapGetTSCKHz: "GET_TSC_KHZ", CapXSave2: "XSAVE2",
 	CapX86MSRFilter: "X86_MSR_FILTER", CapExitOnEmulationFailure: "EXIT_ON_EMULATION_FAILURE",
 }
 

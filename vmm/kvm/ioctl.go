@@ -30,9 +30,13 @@ const (
 	kvmSetIdentityMapAddr  = 0x4008ae48
 	kvmCreateIRQChip       = 0xae60
 	kvmIRQLine             = 0x4008ae61
+	kvmGetIRQChip          = 0xc208ae62
+	kvmSetIRQChip          = 0x8208ae63
 	kvmIRQFD               = 0x4020ae76
 	kvmCreatePIT2          = 0x4040ae77
 	kvmIOEventFD           = 0x4040ae79
+	kvmSetClock            = 0x4030ae7b
+	kvmGetClock            = 0x8030ae7c
 	kvmRun                 = 0xae80
 	kvmGetRegs             = 0x8090ae81
 	kvmSetRegs             = 0x4090ae82
@@ -40,15 +44,26 @@ const (
 	kvmSetSregs            = 0x4138ae84
 	kvmGetMSRs             = 0xc008ae88
 	kvmSetMSRs             = 0x4008ae89
+	kvmGetLAPIC            = 0x8400ae8e
+	kvmSetLAPIC            = 0x4400ae8f
 	kvmSetCPUID2           = 0x4008ae90
+	kvmGetMPState          = 0x8004ae98
+	kvmSetMPState          = 0x4004ae99
+	kvmGetPIT2             = 0x8070ae9f
+	kvmSetPIT2             = 0x4070aea0
 	kvmGetVCPUEvents       = 0x8040ae9f
 	kvmSetVCPUEvents       = 0x4040aea0
+	kvmGetDebugRegs        = 0x8080aea1
+	kvmSetDebugRegs        = 0x4080aea2
+	kvmGetTSCKHz           = 0xaea3
 	kvmEnableCap           = 0x4068aea3
 	kvmGetXSave            = 0x9000aea4
 	kvmSetXSave            = 0x5000aea5
 	kvmGetXCRs             = 0x8188aea6
 	kvmSetXCRs             = 0x4188aea7
+	kvmKVMClockCtrl        = 0xaead
 	kvmSetMSRFilter        = 0x4188aec6
+	kvmGetXSave2           = 0x9000aecf
 )
 
 // ioctl makes one call. The name is only for the error.

@@ -29,6 +29,12 @@ func TestSizes(t *testing.T) {
 		{"kvm_xsave", unsafe.Sizeof(XSave{}), 4096},
 		{"kvm_xcrs", unsafe.Sizeof(XCRs{}), 392},
 		{"kvm_pit_config", unsafe.Sizeof(PITConfig{}), 64},
+		{"kvm_pit_state2", unsafe.Sizeof(PITState{}), 112},
+		{"kvm_pit_channel_state", unsafe.Sizeof(PITChannel{}), 24},
+		{"kvm_irqchip", unsafe.Sizeof(IRQChip{}), 520},
+		{"kvm_lapic_state", unsafe.Sizeof(LAPIC{}), 1024},
+		{"kvm_clock_data", unsafe.Sizeof(ClockData{}), 48},
+		{"kvm_debugregs", unsafe.Sizeof(DebugRegs{}), 128},
 		{"kvm_irq_level", unsafe.Sizeof(IRQLevel{}), 8},
 		{"kvm_irqfd", unsafe.Sizeof(IRQFD{}), 32},
 		{"kvm_ioeventfd", unsafe.Sizeof(IOEventFD{}), 64},
@@ -60,6 +66,11 @@ func TestOffsets(t *testing.T) {
 		ce  CPUIDEntry
 		xc  XCRs
 		me  MSRExit
+		pit PITState
+		pch PITChannel
+		ic  IRQChip
+		cd  ClockData
+		dr  DebugRegs
 	)
 	for _, c := range []struct {
 		name      string
@@ -74,6 +85,16 @@ func TestOffsets(t *testing.T) {
 		{"run.kvm_valid_regs", unsafe.Offsetof(run.ValidRegs), 288},
 		{"run.kvm_dirty_regs", unsafe.Offsetof(run.DirtyRegs), 296},
 		{"run.s", unsafe.Offsetof(run.Sync), 304},
+		{"pit.flags", unsafe.Offsetof(pit.Flags), 72},
+		{"pit_channel.latched_count", unsafe.Offsetof(pch.LatchedCount), 4},
+		{"pit_channel.mode", unsafe.Offsetof(pch.Mode), 13},
+		{"pit_channel.count_load_time", unsafe.Offsetof(pch.CountLoadTime), 16},
+		{"irqchip.chip", unsafe.Offsetof(ic.Chip), 8},
+		{"clock_data.flags", unsafe.Offsetof(cd.Flags), 8},
+		{"clock_data.realtime", unsafe.Offsetof(cd.Realtime), 16},
+		{"clock_data.host_tsc", unsafe.Offsetof(cd.HostTSC), 24},
+		{"debugregs.dr6", unsafe.Offsetof(dr.DR6), 32},
+		{"debugregs.flags", unsafe.Offsetof(dr.Flags), 48},
 		{"events.interrupt", unsafe.Offsetof(ev.Interrupt), 8},
 		{"events.nmi", unsafe.Offsetof(ev.NMI), 12},
 		{"events.sipi_vector", unsafe.Offsetof(ev.SIPIVector), 16},

@@ -161,6 +161,68 @@ type PITConfig struct {
 // PITSpeakerDummy makes KVM answer port 0x61.
 const PITSpeakerDummy = 1
 
+// PITState is the state of the i8254 (KVM API 4.72).
+type PITState struct {
+	Channels [3]PITChannel
+	Flags    uint32
+	_        [9]uint32
+}
+
+// PITChannel is one counter of the i8254. CountLoadTime is on the host's
+// monotonic clock, in ns.
+type PITChannel struct {
+	Count         uint32
+	LatchedCount  uint16
+	CountLatched  uint8
+	StatusLatched uint8
+	Status        uint8
+	ReadState     uint8
+	WriteState    uint8
+	WriteLatch    uint8
+	RWMode        uint8
+	Mode          uint8
+	BCD           uint8
+	Gate          uint8
+	CountLoadTime int64
+}
+
+// Chips of IRQChip.
+const (
+	IRQChipPICMaster = 0
+	IRQChipPICSlave  = 1
+	IRQChipIOAPIC    = 2
+)
+
+// IRQChip is the state of one interrupt controller (KVM API 4.26); what is in
+// Chip depends on the ID.
+type IRQChip struct {
+	ID   uint32
+	_    uint32
+	Chip [512]byte
+}
+
+// LAPIC is a local APIC's register page (KVM API 4.57).
+type LAPIC [1024]byte
+
+// ClockData is the machine's kvm-clock (KVM API 4.29). Clock is in ns.
+type ClockData struct {
+	Clock    uint64
+	Flags    uint32
+	_        uint32
+	Realtime uint64
+	HostTSC  uint64
+	_        [4]uint32
+}
+
+// DebugRegs are the debug registers (KVM API 4.33).
+type DebugRegs struct {
+	DB    [4]uint64
+	DR6   uint64
+	DR7   uint64
+	Flags uint64
+	_     [9]uint64
+}
+
 // IRQLevel sets a GSI's level (KVM API 4.25).
 type IRQLevel struct {
 	IRQ   uint32

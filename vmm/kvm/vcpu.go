@@ -155,6 +155,71 @@ func (c *VCPU) SetEvents(e *VCPUEvents) error {
 	return c.get("KVM_SET_VCPU_EVENTS", kvmSetVCPUEvents, unsafe.Pointer(e))
 }
 
+// LAPIC reads the local APIC's registers (KVM API 4.57).
+func (c *VCPU) LAPIC(l *LAPIC) error { return c.get("KVM_GET_LAPIC", kvmGetLAPIC, unsafe.Pointer(l)) }
+
+// SetLAPIC writes the local APIC's registers (KVM API 4.58).
+func (c *VCPU) SetLAPIC(l *LAPIC) error {
+	return c.get("KVM_SET_LAPIC", kvmSetLAPIC, unsafe.Pointer(l))
+}
+
+// MPState reads whether the vCPU runs, halts or waits for INIT or SIPI
+// (KVM API 4.38). It may deliver a pending INIT or SIPI, so it comes before the
+// registers are read.
+func (c *VCPU) MPState() (s uint32, err error) {
+	return s, c.get("KVM_GET_MP_STATE", kvmGetMPState, unsafe.Pointer(&s))
+}
+
+// SetMPState writes what MPState reads (KVM API 4.39).
+func (c *VCPU) SetMPState(s uint32) error {
+	return c.get("KVM_SET_MP_STATE", kvmSetMPState, unsafe.Pointer(&s))
+}
+
+// DebugRegs reads the debug registers (KVM API 4.33).
+func (c *VCPU) DebugRegs(d *DebugRegs) error {
+	return c.get("KVM_GET_DEBUGREGS", kvmGetDebugRegs, unsafe.Pointer(d))
+}
+
+// SetDebugRegs writes the debug registers (KVM API 4.34).
+func (c *VCPU) SetDebugRegs(d *DebugRegs) error {
+	return c.get("KVM_SET_DEBUGREGS", kvmSetDebugRegs, unsafe.Pointer(d))
+}
+
+// TSCKHz is the frequency of the guest's TSC in kHz (KVM API 4.56).
+func (c *VCPU) TSCKHz() (uint32, error) {
+	r, _, e := unix.Syscall(unix.SYS_IOCTL, c.n, kvmGetTSCKHz, 0)
+	if e != 0 {
+		return 0, fmt.Errorf("KVM_GET_TSC_KHZ: %w", e)
+	}
+	return uint32(r), nil
+}
+
+// ClockCtrl tells the guest, which uses kvm-clock, that it was stopped, so that
+// its watchdogs do not take the pause for a lock-up (KVM API 4.69). EINVAL if the
+// guest does not use it.
+func (c *VCPU) ClockCtrl() error { return c.get("KVM_KVMCLOCK_CTRL", kvmKVMClockCtrl, nil) }
+
+// XSaveInto reads the extended state into b, which has the size that
+// VM.CheckExtension(CapXSave2) says, or 4096 if it says 0 (KVM API 4.42, 4.134).
+func (c *VCPU) XSaveInto(b []byte) error {
+	if len(b) < int(unsafe.Sizeof(XSave{})) {
+		return fmt.Errorf("KVM_GET_XSAVE: %d bytes: %w", len(b), unix.EINVAL)
+	}
+	if len(b) == int(unsafe.Sizeof(XSave{})) {
+		return c.get("KVM_GET_XSAVE", kvmGetXSave, unsafe.Pointer(unsafe.SliceData(b)))
+	}
+	return c.get("KVM_GET_XSAVE2", kvmGetXSave2, unsafe.Pointer(unsafe.SliceData(b)))
+}
+
+// SetXSaveFrom writes the extended state from what XSaveInto filled; the size is
+// the same (KVM API 4.43).
+func (c *VCPU) SetXSaveFrom(b []byte) error {
+	if len(b) < int(unsafe.Sizeof(XSave{})) {
+		return fmt.Errorf("KVM_SET_XSAVE: %d bytes: %w", len(b), unix.EINVAL)
+	}
+	return c.get("KVM_SET_XSAVE", kvmSetXSave, unsafe.Pointer(unsafe.SliceData(b)))
+}
+
 // XSave reads the extended state (KVM API 4.42).
 func (c *VCPU) XSave(x *XSave) error { return c.get("KVM_GET_XSAVE", kvmGetXSave, unsafe.Pointer(x)) }
 

@@ -61,6 +61,35 @@ func (v *VM) CreatePIT2(c PITConfig) error {
 	return ioctlPtr(v.fd(), "KVM_CREATE_PIT2", kvmCreatePIT2, &c)
 }
 
+// PIT2 reads the state of the i8254 (KVM API 4.72).
+func (v *VM) PIT2(p *PITState) error { return ioctlPtr(v.fd(), "KVM_GET_PIT2", kvmGetPIT2, p) }
+
+// SetPIT2 writes the state of the i8254 (KVM API 4.73). Counter 0 starts anew.
+func (v *VM) SetPIT2(p *PITState) error { return ioctlPtr(v.fd(), "KVM_SET_PIT2", kvmSetPIT2, p) }
+
+// IRQChip reads the state of the controller that c.ID names (KVM API 4.26).
+func (v *VM) IRQChip(c *IRQChip) error {
+	return ioctlPtr(v.fd(), "KVM_GET_IRQCHIP", kvmGetIRQChip, c)
+}
+
+// SetIRQChip writes the state of the controller that c.ID names (KVM API 4.27).
+func (v *VM) SetIRQChip(c *IRQChip) error {
+	return ioctlPtr(v.fd(), "KVM_SET_IRQCHIP", kvmSetIRQChip, c)
+}
+
+// Clock reads the machine's kvm-clock (KVM API 4.29).
+func (v *VM) Clock(c *ClockData) error { return ioctlPtr(v.fd(), "KVM_GET_CLOCK", kvmGetClock, c) }
+
+// SetClock makes the machine's kvm-clock go on from c.Clock (KVM API 4.30).
+func (v *VM) SetClock(c *ClockData) error { return ioctlPtr(v.fd(), "KVM_SET_CLOCK", kvmSetClock, c) }
+
+// CheckExtension is System.CheckExtension for what depends on the machine
+// (KVM API 4.4).
+func (v *VM) CheckExtension(c Cap) (int, error) {
+	r, err := ioctl(v.fd(), "KVM_CHECK_EXTENSION", kvmCheckExtension, uintptr(c))
+	return int(r), err
+}
+
 // IRQLine sets the level of a GSI (KVM API 4.25).
 func (v *VM) IRQLine(gsi uint32, high bool) error {
 	l := IRQLevel{IRQ: gsi}

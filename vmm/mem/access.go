@@ -221,3 +221,38 @@ func (m *Memory) punch(off, n uint64) error {
 	}
 	return nil
 }
+
+// Populated are the ranges of RAM that may be other than zero, ascending: those for
+// which the backing file has pages. Reading elsewhere would make it have some.
+func (m *Memory) Populated() ([]Range, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.closed.Load() {
+		return nil, ErrClosed
+	}
+	var rs []Range
+	fd := int(m.file.Fd())
+	for _, r := range m.Regions() {
+		end := int64(r.Offset + r.Size)
+		for off := int64(r.Offset); off < end; {
+			from, err := unix.Seek(fd, off, unix.SEEK_DATA)
+			if err == unix.ENXIO {
+				break
+			}
+			if err != nil {
+				return nil, fmt.Errorf("mem: find pages: %w", err)
+			}
+			to, err := unix.Seek(fd, from, unix.SEEK_HOLE)
+			if err != nil {
+				return nil, fmt.Errorf("mem: find pages: %w", err)
+			}
+			from, to = from&^(PageSize-1), min((to+PageSize-1)&^(PageSize-1), end)
+			if from >= end {
+				break
+			}
+			rs = append(rs, Range{r.Start + Addr(uint64(from)-r.Offset), uint64(to - from)})
+			off = to
+		}
+	}
+	return rs, nil
+}

@@ -315,7 +315,7 @@ func (d *Device) Kick(q int) {
 			s = d.slots[q/2-1]
 		}
 		if q%2 == 0 {
-			s.out.wake()
+			s.out.kick()
 		} else {
 			s.in.wake()
 			for s.discard() {

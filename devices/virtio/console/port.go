@@ -41,11 +41,18 @@ type half struct {
 	expired  bool      // the deadline has passed
 	timer    *time.Timer
 
+	// Of the direction host to guest only.
+	writing  []byte // what the guest has still to take of a write that it took a part of
+	rest     []byte // the same, of a write in another time (Device.LoadState)
+	restores uint64
+
 	// Of the direction guest to host only.
 	chain  virtio.Chain // being read, if partly
 	partly bool
-	gone   bool     // a session ended without its data: EOF is due
-	ends   []uint16 // indices of the available ring where sessions ended
+	gone   bool // a session ended without its data: EOF is due
+	// restored: what is read next is of another time, ErrRestored is due.
+	restored bool
+	ends     []uint16 // indices of the available ring where sessions ended
 }
 
 func newSlot(id uint32) *slot {
@@ -61,6 +68,16 @@ func (h *half) wake() {
 	h.mu.Lock()
 	h.changed.Broadcast()
 	h.mu.Unlock()
+}
+
+// kick is wake of the direction host to guest.
+func (h *half) kick() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.rest) > 0 {
+		_, _ = h.flushRest() // a write will meet the error, too
+	}
+	h.changed.Broadcast()
 }
 
 // wait waits for a change. It fails if the driver broke the queue, which only a
@@ -92,7 +109,7 @@ func (s *slot) open(p *Port) bool {
 	}
 	for _, h := range s.halves() {
 		h.mu.Lock()
-		h.port, h.expired = p, false
+		h.port, h.expired, h.restored = p, false, false
 		h.mu.Unlock()
 	}
 	return true
@@ -172,7 +189,7 @@ func (s *slot) reset() {
 		if h == &s.in && h.port != nil && (h.guest || len(h.ends) > 0) {
 			h.gone = true
 		}
-		h.guest, h.partly, h.ends = false, false, h.ends[:0]
+		h.guest, h.partly, h.ends, h.rest = false, false, h.ends[:0], nil
 		h.changed.Broadcast()
 		h.mu.Unlock()
 	}
@@ -246,6 +263,8 @@ func (p *Port) Read(b []byte) (int, error) {
 			return n, nil
 		case err == io.EOF:
 			return 0, io.EOF
+		case err == errReadRestored:
+			return 0, err
 		case err != nil:
 			return 0, p.fail("read", err)
 		}
@@ -268,16 +287,22 @@ func (p *Port) Write(b []byte) (int, error) {
 	h := &p.slot.out
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	n, session := 0, uint64(0)
+	n, session, restores := 0, uint64(0), h.restores
+	defer func() { h.writing = nil }()
 	for n < len(b) {
 		if err := h.usable(p); err != nil {
 			return n, p.fail("write", err)
 		}
 		more := false
 		if n > 0 && (!h.guest || h.sessions != session) {
+			if h.restores != restores {
+				return n, p.fail("write", errWriteRestored)
+			}
 			return n, p.fail("write", ErrGuestClosed)
 		}
-		if h.guest {
+		if done, err := h.flushRest(); err != nil {
+			return n, p.fail("write", err)
+		} else if h.guest && done {
 			session = h.sessions
 			var k int
 			var err error
@@ -288,6 +313,9 @@ func (p *Port) Write(b []byte) (int, error) {
 		}
 		if n == len(b) || more {
 			continue
+		}
+		if n > 0 {
+			h.writing = b[n:]
 		}
 		if err := h.wait(); err != nil {
 			return n, p.fail("write", err)
@@ -370,6 +398,10 @@ func (h *half) usable(p *Port) error {
 // take copies what is available into b. With nothing copied, more tells that it
 // should be called again without waiting; io.EOF is the end of a session.
 func (h *half) take(b []byte) (n int, more bool, err error) {
+	if h.restored {
+		h.restored = false
+		return 0, false, errReadRestored
+	}
 	if h.gone {
 		h.gone = false
 		return 0, false, io.EOF

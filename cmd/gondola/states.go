@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/snapshot"
+	"github.com/gondola-vmm/gondola/snapshot/store"
+	"github.com/gondola-vmm/gondola/vmm/control"
+	"github.com/gondola-vmm/gondola/vmm/guest"
+)
+
+// Operations of a machine's control socket on its states: snapshot.StateArgs →
+// snapshot.StateResult.
+const (
+	opStateSave    = "state.save"
+	opStateRestore = "state.restore"
+	opStateCurrent = "state.current" // no arguments → currentResult
+)
+
+// currentResult names the state that a machine was saved to or restored from last.
+type currentResult struct {
+	Name string `cbor:"1,keyasint,omitempty"`
+}
+
+// envStates is where machines' states are, a directory for each.
+const envStates = "GONDOLA_STATES"
+
+// statesDir is the directory of a machine's states.
+func statesDir(machine string) (string, error) {
+	dir := os.Getenv(envStates)
+	if dir == "" {
+		data := os.Getenv("XDG_DATA_HOME")
+		if data == "" {
+			home, err := os.UserHomeDir()
+			if err != nil {
+				return "", fmt.Errorf("there is no place for states: %w; set $%s", err, envStates)
+			}
+			data = filepath.Join(home, ".local", "share")
+		}
+		dir = filepath.Join(data, "gondola", "states")
+	}
+	return filepath.Join(dir, machine), nil
+}
+
+// saveBuffer is how much of a save is taken in memory while the machine stands
+// still, in bytes; the disk's pace counts only beyond that.
+const saveBuffer = 128 << 20
+
+// openStates opens the directory of a machine's states. Unless make is set, it has
+// to be there.
+func openStates(machine string, make bool) (*store.Store, error) {
+	dir, err := statesDir(machine)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(dir); err != nil && !make {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("machine %s has no states: gondola state save %s NAME makes one (looked in %s)", machine, machine, dir)
+		}
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		return nil, err
+	}
+	return store.Open(dir, store.Options{Buffer: saveBuffer})
+}
+
+// states are those of the machine that this process runs. The directory is made
+// when the first one is saved.
+type states struct {
+	machine  string
+	attached chan struct{}
+	guest    *guest.Guest
+
+	mu      sync.Mutex
+	closed  bool
+	store   *store.Store
+	manager *snapshot.Manager
+}
+
+func newStates(machine string) *states {
+	return &states{machine: machine, attached: make(chan struct{})}
+}
+
+// attach gives it the guest when it runs. It may be called once.
+func (s *states) attach(g *guest.Guest) {
+	s.guest = g
+	close(s.attached)
+}
+
+// get returns the machine's manager, when the machine runs.
+func (s *states) get(ctx context.Context) (*snapshot.Manager, error) {
+	select {
+	case <-s.attached:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, snapshot.ErrClosed
+	}
+	if s.manager == nil {
+		st, err := openStates(s.machine, true)
+		if err != nil {
+			return nil, err
+		}
+		s.store = st
+		s.manager = snapshot.New(snapshot.Config{VM: s.guest.VM(), Store: st, Restored: s.guest.Renew})
+	}
+	return s.manager, nil
+}
+
+// Close waits for saves and restores under way. It is idempotent.
+func (s *states) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	if s.manager == nil {
+		return nil
+	}
+	err := errors.Join(s.manager.Close(), s.store.Close())
+	s.manager = nil
+	return err
+}
+
+// ops are the operations for the control socket.
+func (s *states) ops() map[string]func(*proto.Call) {
+	return map[string]func(*proto.Call){
+		opStateSave: control.Handle(func(ctx context.Context, a *snapshot.StateArgs) (any, error) {
+			m, err := s.get(ctx)
+			if err != nil {
+				return nil, err
+			}
+			o := snapshot.SaveOptions{Name: a.Name, Tags: a.Tags}
+			if a.Description != nil {
+				o.Description = *a.Description
+			}
+			i, t, err := m.Save(ctx, o)
+			return snapshot.Result(i, t), err
+		}),
+		opStateRestore: control.Handle(func(ctx context.Context, a *snapshot.StateArgs) (any, error) {
+			m, err := s.get(ctx)
+			if err != nil {
+				return nil, err
+			}
+			i, t, err := m.Restore(ctx, a.Name)
+			return snapshot.Result(i, t), err
+		}),
+		opStateCurrent: control.Handle(func(ctx context.Context, _ *struct{}) (any, error) {
+			m, err := s.get(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return currentResult{m.Current()}, nil
+		}),
+	}
+}

@@ -1,0 +1,516 @@
+// Package snapshot saves the states of one running machine and puts it back to them
+// (spec S5.9 to S5.15): the machine's part is vmm.Frozen, the disk's package store.
+//
+//	m, err := snapshot.New(snapshot.Config{VM: vm, Store: s})
+//	…
+//	info, err := m.Save(ctx, snapshot.SaveOptions{Name: "clean"})
+//	…
+//	info, err = m.Restore(ctx, "clean")
+//
+// The Manager knows of which state the machine's memory is a change, its current
+// one. A save stores what has changed since, and the saved state becomes the
+// current one; a restore in place writes what has changed since and what differs
+// between the two states.
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/gondola-vmm/gondola/snapshot/store"
+	"github.com/gondola-vmm/gondola/vmm"
+	"github.com/gondola-vmm/gondola/vmm/mem"
+)
+
+// ErrClosed: the manager was closed.
+var ErrClosed = errors.New("the machine's states are closed")
+
+// Config of a Manager.
+type Config struct {
+	// VM is the machine. All of its memory's changes since Base are noted, if
+	// there is a Base (Start).
+	VM *vmm.VM
+	// Store is where its states are. The Manager does not close it.
+	Store *store.Store
+	// Restored, if set, is called when the machine has been put back to a state
+	// and before it goes on, to make it another copy than those before (spec
+	// S5.13). It must not use the machine.
+	Restored func()
+}
+
+// Event is something that happened to the machine's states.
+type Event struct {
+	Op   string // OpSave or OpRestore
+	Name string // of the state
+	Info store.Info
+	Err  error // nil: it was done
+}
+
+// Manager saves and restores one machine. Its methods are safe for concurrent use;
+// saves and restores are performed one at a time.
+type Manager struct {
+	cfg Config
+	sem chan struct{} // held by a save or restore
+
+	// Guarded by sem.
+	cur     *store.State  // the current state; nil: none
+	curLoad *vmm.Prepared // the same, to be loaded again; nil: not prepared
+	changed []uint64      // pages that changed since cur and are not in the machine's log any more
+	closed  bool
+
+	mu        sync.Mutex
+	listeners map[int]func(Event)
+	next      int
+	current   string
+}
+
+// New makes a manager of a machine that has no current state.
+func New(cfg Config) *Manager {
+	return &Manager{cfg: cfg, sem: make(chan struct{}, 1), listeners: map[int]func(Event){}}
+}
+
+// Close frees what the manager has; saves and restores under way come first. It is
+// idempotent.
+func (m *Manager) Close() error {
+	m.sem <- struct{}{}
+	defer func() { <-m.sem }()
+	if m.closed {
+		return nil
+	}
+	m.closed = true
+	return m.setCurrent(nil, nil)
+}
+
+// Store is where the states are.
+func (m *Manager) Store() *store.Store { return m.cfg.Store }
+
+// Current is the name of the state that the machine was saved to or restored from
+// last, "" if there is none.
+func (m *Manager) Current() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.current
+}
+
+// Listen calls f after each save and restore, done or failed, with no lock held,
+// until stop is called. f must not wait for the manager.
+func (m *Manager) Listen(f func(Event)) (stop func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := m.next
+	m.next++
+	m.listeners[n] = f
+	return func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		delete(m.listeners, n)
+	}
+}
+
+func (m *Manager) tell(e Event) {
+	m.mu.Lock()
+	var fs []func(Event)
+	for i := range m.next {
+		if f := m.listeners[i]; f != nil {
+			fs = append(fs, f)
+		}
+	}
+	m.mu.Unlock()
+	for _, f := range fs {
+		f(e)
+	}
+}
+
+// begin takes the manager for a save or restore.
+func (m *Manager) begin(ctx context.Context) error {
+	select {
+	case m.sem <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if m.closed {
+		<-m.sem
+		return ErrClosed
+	}
+	return nil
+}
+
+// setCurrent makes st, which the manager owns from now on, the current state.
+func (m *Manager) setCurrent(st *store.State, p *vmm.Prepared) (err error) {
+	if m.cur != nil && m.cur != st {
+		err = m.cur.Close()
+	}
+	m.cur, m.curLoad = st, p
+	clear(m.changed)
+	name := ""
+	if st != nil {
+		name = st.Info().Name
+	}
+	m.mu.Lock()
+	m.current = name
+	m.mu.Unlock()
+	return err
+}
+
+// SaveOptions say how a state is called.
+type SaveOptions struct {
+	Name        string // see store.CheckName
+	Description string
+	Tags        []string
+	// Progress, if set, is told how many bytes of memory have been taken, of how
+	// many. It must not wait.
+	Progress func(done, total uint64)
+}
+
+// Times of a save.
+type Times struct {
+	Pause time.Duration // the machine stood still
+	Total time.Duration
+}
+
+// Save saves the machine's state. It stands still while its changed memory is
+// copied, and goes on while that is written to disk. When Save returns without an
+// error, the state is there for good; with one, there is none, and nothing else has
+// changed. The error is the store's (store.ErrExists, store.ErrQuota, …), the
+// machine's (vmm.ErrEnded, vmm.ErrNotSavable) or ctx's.
+func (m *Manager) Save(ctx context.Context, o SaveOptions) (info store.Info, t Times, err error) {
+	if err := m.begin(ctx); err != nil {
+		return info, t, err
+	}
+	begin := time.Now()
+	info, t.Pause, err = m.save(ctx, o)
+	t.Total = time.Since(begin)
+	<-m.sem
+	m.tell(Event{Op: OpSave, Name: o.Name, Info: info, Err: err})
+	return info, t, err
+}
+
+func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pause time.Duration, err error) {
+	vm := m.cfg.VM
+	meta := store.Meta{Name: o.Name, Description: o.Description, Tags: o.Tags}
+	for _, r := range vm.Memory().Regions() {
+		meta.Memory = append(meta.Memory, r.Range)
+	}
+	if m.cur != nil {
+		meta.ParentID = m.cur.ID()
+	}
+	w, err := m.cfg.Store.Create(ctx, meta)
+	if err != nil {
+		return info, 0, err
+	}
+	committed := false
+	defer func() {
+		if !committed {
+			err = errors.Join(err, w.Abort())
+		}
+	}()
+	begin := time.Now()
+	err = vm.Freeze(ctx, func(f *vmm.Frozen) error {
+		begin = time.Now()
+		st, err := f.Save()
+		if err != nil {
+			return err
+		}
+		for _, s := range st.Sections {
+			if err := w.Section(s.Name, s.Version, s.Data); err != nil {
+				return err
+			}
+		}
+		var ranges []mem.Range
+		if m.cur == nil {
+			if ranges, err = f.Memory().Populated(); err != nil {
+				return err
+			}
+		} else {
+			if m.changed, err = f.TakeDirty(m.changed); err != nil {
+				m.forget()
+				return err
+			}
+			ranges = dirtyRanges(f.Memory(), m.changed)
+		}
+		if err := putRanges(ctx, w, f.Memory(), ranges, o.Progress); err != nil {
+			return err
+		}
+		if m.cur == nil {
+			return f.TrackDirty()
+		}
+		return nil
+	})
+	pause = time.Since(begin)
+	if err != nil {
+		return info, pause, err
+	}
+	base := m.cur == nil
+	if info, err = w.Commit(); err != nil {
+		if base {
+			m.forget()
+		}
+		return info, pause, err
+	}
+	committed = true
+	st, err := m.cfg.Store.GetID(context.WithoutCancel(ctx), info.ID)
+	if err != nil {
+		// It is saved; that it cannot be opened makes the next save a full one.
+		m.forget()
+		return info, pause, nil
+	}
+	return info, pause, m.setCurrent(st, nil)
+}
+
+// forget makes the machine one without a current state.
+func (m *Manager) forget() { _ = m.setCurrent(nil, nil) } // what Close of a file that was only read reports is of no use
+
+// saveChunk is how much of memory is given to the store at a time, in bytes.
+const saveChunk = 1 << 20
+
+// putRanges gives memory to the writer.
+func putRanges(ctx context.Context, w *store.Writer, memory *mem.Memory, ranges []mem.Range, progress func(done, total uint64)) error {
+	var done, total uint64
+	for _, r := range ranges {
+		total += r.Size
+	}
+	for _, r := range ranges {
+		for off := uint64(0); off < r.Size; off += saveChunk {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			n := min(saveChunk, r.Size-off)
+			view, err := memory.View(r.Start+mem.Addr(off), n)
+			if err != nil {
+				return err
+			}
+			if err := w.Pages(r.Start+mem.Addr(off), view); err != nil {
+				return err
+			}
+			if done += n; progress != nil {
+				progress(done, total)
+			}
+		}
+	}
+	return nil
+}
+
+// dirtyRanges are the pages of a bitmap as mem.Memory.TakeDirty makes it.
+func dirtyRanges(memory *mem.Memory, dirty []uint64) (rs []mem.Range) {
+	for _, r := range memory.Regions() {
+		first := r.Offset / mem.PageSize
+		for page := first; page < first+r.Size/mem.PageSize; {
+			w := dirty[page/64] >> (page % 64)
+			if w == 0 {
+				page = page&^63 + 64
+				continue
+			}
+			page += uint64(bits.TrailingZeros64(w))
+			if page >= first+r.Size/mem.PageSize {
+				break
+			}
+			n := uint64(bits.TrailingZeros64(^(dirty[page/64] >> (page % 64))))
+			n = min(max(n, 1), 64-page%64)
+			a := r.Start + mem.Addr((page-first)*mem.PageSize)
+			if l := len(rs); l > 0 && rs[l-1].Start+mem.Addr(rs[l-1].Size) == a {
+				rs[l-1].Size += n * mem.PageSize
+			} else {
+				rs = append(rs, mem.Range{Start: a, Size: n * mem.PageSize})
+			}
+			page += n
+		}
+	}
+	return rs
+}
+
+// markRanges sets the bits of ranges, which are RAM.
+func markRanges(memory *mem.Memory, dirty []uint64, ranges []mem.Range) {
+	for _, r := range memory.Regions() {
+		for _, d := range ranges {
+			if d.Start < r.Start || d.Start >= r.Start+mem.Addr(r.Size) {
+				continue
+			}
+			page := (r.Offset + uint64(d.Start-r.Start)) / mem.PageSize
+			for end := page + d.Size/mem.PageSize; page < end; page++ {
+				dirty[page/64] |= 1 << (page % 64)
+			}
+		}
+	}
+}
+
+// sections reads all of a state's.
+func sections(st *store.State) (*vmm.State, error) {
+	s := &vmm.State{}
+	for _, name := range st.Sections() {
+		version, data, err := st.Section(name)
+		if err != nil {
+			return nil, err
+		}
+		s.Sections = append(s.Sections, vmm.Section{Name: name, Version: version, Data: data})
+	}
+	return s, nil
+}
+
+// Restore puts the machine back to a state, in place: processors, descriptors and
+// whoever is connected to the machine stay. Everything is checked before anything
+// is changed; after an error the machine goes on as if nothing had been asked for,
+// unless the error matches vmm.ErrLoad, which means that the machine is lost. Other
+// errors are the store's (store.ErrNotFound, store.ErrDamaged, …), the machine's
+// (vmm.ErrState, vmm.ErrEnded) or ctx's.
+func (m *Manager) Restore(ctx context.Context, name string) (info store.Info, t Times, err error) {
+	if err := m.begin(ctx); err != nil {
+		return info, t, err
+	}
+	begin := time.Now()
+	info, t.Pause, err = m.restore(ctx, name)
+	t.Total = time.Since(begin)
+	<-m.sem
+	m.tell(Event{Op: OpRestore, Name: name, Info: info, Err: err})
+	return info, t, err
+}
+
+func (m *Manager) restore(ctx context.Context, name string) (info store.Info, pause time.Duration, err error) {
+	vm := m.cfg.VM
+	st, err := m.cfg.Store.Get(ctx, name)
+	if err != nil {
+		return info, 0, err
+	}
+	defer func() {
+		if st != m.cur {
+			err = errors.Join(err, st.Close())
+		}
+	}()
+	info = st.Info()
+	var regions []mem.Range
+	for _, r := range vm.Memory().Regions() {
+		regions = append(regions, r.Range)
+	}
+	if !slices.Equal(regions, st.Memory().Ranges()) {
+		return info, 0, fmt.Errorf("state %q: %w: it has other memory", name, vmm.ErrState)
+	}
+	var p *vmm.Prepared
+	var diff []mem.Range // between the current state and st
+	if m.cur != nil && m.cur.ID() == st.ID() {
+		p = m.curLoad
+	} else if m.cur != nil {
+		diff = st.Diff(m.cur)
+	} else {
+		diff = regions
+	}
+	if p == nil {
+		s, err := sections(st)
+		if err == nil {
+			p, err = vm.Prepare(s)
+		}
+		if err != nil {
+			return info, 0, fmt.Errorf("state %q: %w", name, err)
+		}
+	}
+	if err := st.Memory().Check(ctx, diff); err != nil {
+		return info, 0, fmt.Errorf("state %q: %w", name, err)
+	}
+	begin := time.Now()
+	err = vm.Freeze(ctx, func(f *vmm.Frozen) error {
+		begin = time.Now()
+		if m.cur == nil {
+			if err := f.TrackDirty(); err != nil {
+				return err
+			}
+		}
+		if m.changed, err = f.TakeDirty(m.changed); err != nil {
+			m.forget()
+			return err
+		}
+		put, err := m.plan(ctx, st, f.Memory(), diff)
+		if err != nil {
+			return err
+		}
+		if err := f.Load(p, put); err != nil {
+			return err
+		}
+		if m.cfg.Restored != nil {
+			m.cfg.Restored()
+		}
+		return nil
+	})
+	pause = time.Since(begin)
+	if err != nil {
+		return info, pause, err
+	}
+	return info, pause, m.setCurrent(st, p)
+}
+
+// inMemory is how many bytes of a state are read before the machine is changed;
+// more are checked first, and read again.
+const inMemory = 64 << 20
+
+// plan makes what puts back the pages that changed since the current state, and
+// those in diff. What is stored of them has been checked when it returns.
+func (m *Manager) plan(ctx context.Context, st *store.State, memory *mem.Memory, diff []mem.Range) (func() error, error) {
+	if m.cur == nil {
+		return func() error { return putAll(st.Memory(), memory) }, nil
+	}
+	bitmap := m.changed
+	if len(diff) > 0 {
+		bitmap = slices.Clone(m.changed)
+		markRanges(memory, bitmap, diff)
+	}
+	ranges := dirtyRanges(memory, bitmap)
+	total := uint64(0)
+	for _, r := range ranges {
+		total += r.Size
+	}
+	if total > inMemory {
+		if err := st.Memory().Check(ctx, dirtyRanges(memory, m.changed)); err != nil {
+			return nil, err
+		}
+		return func() error {
+			return st.Memory().ReadRanges(ranges, func(gpa mem.Addr, data []byte) error { return memory.WriteAt(data, gpa) })
+		}, nil
+	}
+	buf := make([]byte, total)
+	at := buf
+	for _, r := range ranges {
+		if err := st.Memory().Read(r.Start, at[:r.Size]); err != nil {
+			return nil, err
+		}
+		at = at[r.Size:]
+	}
+	return func() error {
+		at := buf
+		for _, r := range ranges {
+			if err := memory.WriteAt(at[:r.Size], r.Start); err != nil {
+				return err
+			}
+			at = at[r.Size:]
+		}
+		return nil
+	}, nil
+}
+
+// putAll makes memory that of a state, whatever it was.
+func putAll(from *store.Memory, memory *mem.Memory) error {
+	data := from.Data()
+	for _, r := range from.Ranges() {
+		at := r.Start
+		zero := func(to mem.Addr) error {
+			if to == at { // none, which at the end of a region is no RAM either
+				return nil
+			}
+			return memory.Discard(at, uint64(to-at))
+		}
+		for _, d := range data {
+			if d.Start < r.Start || d.Start >= r.Start+mem.Addr(r.Size) {
+				continue
+			}
+			if err := zero(d.Start); err != nil {
+				return err
+			}
+			at = d.Start + mem.Addr(d.Size)
+		}
+		if err := zero(r.Start + mem.Addr(r.Size)); err != nil {
+			return err
+		}
+	}
+	return from.ReadRanges(data, func(gpa mem.Addr, b []byte) error { return memory.WriteAt(b, gpa) })
+}

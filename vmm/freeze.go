@@ -1,0 +1,187 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/gondola-vmm/gondola/vmm/kvm"
+	"github.com/gondola-vmm/gondola/vmm/mem"
+)
+
+// Frozen is a machine that is paused and stays so: nobody resumes it and its memory
+// does not go away. It is valid inside Freeze.
+type Frozen struct{ vm *VM }
+
+// Freeze pauses the machine, if it is not, and calls f. Nobody resumes, freezes or
+// frees the machine before f has returned; then it goes on, if it was running. The
+// error is f's, or Pause's: ErrEnded if the run is over, ctx's if it ends first.
+// f must not call Pause, Resume, Freeze or Close.
+func (vm *VM) Freeze(ctx context.Context, f func(*Frozen) error) (err error) {
+	vm.mu.Lock()
+	was, err := vm.hold(ctx)
+	vm.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	defer func() {
+		vm.mu.Lock()
+		defer vm.mu.Unlock()
+		vm.busy = false
+		vm.changed.Broadcast()
+		if !was {
+			vm.resume()
+		}
+	}()
+	return f(&Frozen{vm})
+}
+
+// hold pauses the machine for Freeze and tells whether it was paused. VM.mu is
+// held.
+func (vm *VM) hold(ctx context.Context) (was bool, err error) {
+	if err := vm.await(ctx, func() bool { return !vm.busy }); err != nil {
+		return false, err
+	}
+	was = vm.paused
+	if err := vm.pause(ctx); err != nil {
+		if !was {
+			vm.resume()
+		}
+		return was, err
+	}
+	// pause gives VM.mu away while it waits, so somebody may have resumed the
+	// machine, or frozen it, by now.
+	if vm.busy || !vm.paused || !vm.quiesced {
+		return vm.hold(ctx)
+	}
+	vm.busy = true
+	return was, nil
+}
+
+// await waits until cond holds, or ctx ends. VM.mu is held.
+func (vm *VM) await(ctx context.Context, cond func() bool) error {
+	if cond() {
+		return nil
+	}
+	defer context.AfterFunc(ctx, func() {
+		vm.mu.Lock()
+		vm.changed.Broadcast()
+		vm.mu.Unlock()
+	})()
+	for !cond() {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		vm.changed.Wait()
+	}
+	return nil
+}
+
+// VM is the machine.
+func (f *Frozen) VM() *VM { return f.vm }
+
+// Memory is the guest's memory, which nobody but the caller touches now.
+func (f *Frozen) Memory() *mem.Memory { return f.vm.mem }
+
+// onVCPUs calls fn on every vCPU's own thread, on all at once, and returns when all
+// are done. The machine is frozen.
+func (vm *VM) onVCPUs(fn func(*vcpu) error) error {
+	errs := make([]error, len(vm.vcpus))
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	if vm.want == wantClose {
+		return ErrEnded
+	}
+	left := len(vm.vcpus)
+	for i, c := range vm.vcpus {
+		c.job = func() {
+			err := fn(c)
+			vm.mu.Lock()
+			defer vm.mu.Unlock()
+			if err != nil {
+				errs[i] = fmt.Errorf("vCPU %d: %w", c.id, err)
+			}
+			left--
+			if left == 0 {
+				vm.changed.Broadcast()
+			}
+		}
+	}
+	vm.changed.Broadcast()
+	for left > 0 { // also if the machine is closed meanwhile: threads finish their jobs first
+		vm.changed.Wait()
+	}
+	return errors.Join(errs...)
+}
+
+// TrackDirty starts to note which pages change, from a clean slate; a second call
+// makes a clean slate. It costs the guest a fault for each page that it writes for
+// the first time since.
+func (f *Frozen) TrackDirty() error {
+	vm := f.vm
+	if vm.tracking {
+		_, err := f.TakeDirty(nil)
+		return err
+	}
+	vm.mem.StartDirty()
+	vm.tracking = true
+	if err := vm.mapMemory(kvm.MemLogDirtyPages); err != nil {
+		vm.tracking = false
+		vm.mem.StopDirty()
+		return err
+	}
+	return nil
+}
+
+// Tracking tells whether changes of pages are noted.
+func (f *Frozen) Tracking() bool { return f.vm.tracking }
+
+// TakeDirty adds the pages that changed since TrackDirty or the last TakeDirty,
+// whoever changed them, to dst, grown if it is too short, returns it and makes a
+// clean slate. Bits are those of mem.Memory.TakeDirty. An error leaves it unknown
+// which pages changed.
+func (f *Frozen) TakeDirty(dst []uint64) ([]uint64, error) {
+	vm := f.vm
+	if !vm.tracking {
+		return dst, errors.New("changes of memory are not noted")
+	}
+	dst = vm.mem.TakeDirty(dst)
+	if short := int((vm.mem.Size()/mem.PageSize+63)/64) - len(dst); short > 0 {
+		dst = append(dst, make([]uint64, short)...)
+	}
+	for i, r := range vm.mem.Regions() {
+		words := dst[r.Offset/mem.PageSize/64:][:(r.Size/mem.PageSize+63)/64]
+		if len(vm.dirtyLog) < len(words) {
+			vm.dirtyLog = make([]uint64, len(words))
+		}
+		log := vm.dirtyLog[:len(words)]
+		if err := vm.kvm.DirtyLog(uint32(i), log); err != nil {
+			return dst, err
+		}
+		for w, v := range log {
+			if v != 0 {
+				words[w] |= v
+			}
+		}
+	}
+	return dst, nil
+}
+
+// mapMemory makes, or changes, a memslot of each region of RAM.
+func (vm *VM) mapMemory(flags uint32) error { return mapMemory(vm.kvm, vm.mem, flags) }
+
+// remapMemory deletes the memslots and adds them again: a PVM host goes by stale
+// page tables otherwise when memory was changed behind the guest's back
+// (docs/kvm-hosts.md).
+func (vm *VM) remapMemory() error {
+	for i := range vm.mem.Regions() {
+		if err := vm.kvm.SetUserMemoryRegion(kvm.UserspaceMemoryRegion{Slot: uint32(i)}); err != nil {
+			return err
+		}
+	}
+	flags := uint32(0)
+	if vm.tracking {
+		flags = kvm.MemLogDirtyPages
+	}
+	return vm.mapMemory(flags)
+}

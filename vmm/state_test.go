@@ -1,0 +1,539 @@
+package vmm_test
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/bits"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/gondola-vmm/gondola/devices"
+	"github.com/gondola-vmm/gondola/firmware"
+	"github.com/gondola-vmm/gondola/vmm"
+	"github.com/gondola-vmm/gondola/vmm/mem"
+)
+
+// copyOf is a state with a copy of memory, and how tests put machines back.
+type copyOf struct {
+	st    *vmm.State
+	p     *vmm.Prepared
+	pages []byte // as in the backing file
+}
+
+func regions(f *vmm.Frozen, each func(r mem.Region)) {
+	for _, r := range f.Memory().Regions() {
+		each(r)
+	}
+}
+
+// capture saves a frozen machine and begins to note what changes.
+func capture(t testing.TB, f *vmm.Frozen) *copyOf {
+	st, err := f.Save()
+	require.NoError(t, err)
+	p, err := f.VM().Prepare(st)
+	require.NoError(t, err)
+	c := &copyOf{st, p, make([]byte, f.Memory().Size())}
+	regions(f, func(r mem.Region) { require.NoError(t, f.Memory().ReadAt(c.pages[r.Offset:][:r.Size], r.Start)) })
+	require.NoError(t, f.TrackDirty())
+	return c
+}
+
+// putPages puts back the pages in dirty, and returns how many.
+func (c *copyOf) putPages(m *mem.Memory, dirty []uint64) (n int, err error) {
+	for _, r := range m.Regions() {
+		first := r.Offset / mem.PageSize
+		for w := first / 64; w < (r.Offset+r.Size+64*mem.PageSize-1)/mem.PageSize/64; w++ {
+			for v := dirty[w]; v != 0; v &= v - 1 {
+				off := (w*64 + uint64(bits.TrailingZeros64(v))) * mem.PageSize
+				if err := m.WriteAt(c.pages[off:off+mem.PageSize], r.Start+mem.Addr(off-r.Offset)); err != nil {
+					return n, err
+				}
+				n++
+			}
+		}
+	}
+	return n, nil
+}
+
+// restore puts a frozen machine back and returns how many pages that took.
+func (c *copyOf) restore(f *vmm.Frozen) (n int, err error) {
+	dirty, err := f.TakeDirty(nil)
+	if err != nil {
+		return 0, err
+	}
+	err = f.Load(c.p, func() (err error) {
+		n, err = c.putPages(f.Memory(), dirty)
+		return err
+	})
+	return n, err
+}
+
+// same tells whether memory is that of the copy.
+func (c *copyOf) same(t testing.TB, f *vmm.Frozen) {
+	now := make([]byte, len(c.pages))
+	regions(f, func(r mem.Region) { require.NoError(t, f.Memory().ReadAt(now[r.Offset:][:r.Size], r.Start)) })
+	for p := 0; p < len(now); p += mem.PageSize {
+		if string(now[p:p+mem.PageSize]) != string(c.pages[p:p+mem.PageSize]) {
+			t.Errorf("the page at offset %#x differs", p)
+		}
+	}
+}
+
+// ports are handlers of guests in this file: what the guest writes is given to out,
+// what it reads comes from in.
+type ports struct {
+	vmm.Stateless
+	mu  sync.Mutex
+	out func(off uint64, v uint32)
+	in  uint32
+}
+
+func (p *ports) Read(_ uint64, d []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var b [8]byte
+	binary.LittleEndian.PutUint32(b[:], p.in)
+	copy(d, b[:])
+}
+
+func (p *ports) Write(off uint64, d []byte) {
+	var b [8]byte
+	copy(b[:], d)
+	p.out(off, binary.LittleEndian.Uint32(b[:]))
+}
+
+// counter counts in a register and in memory, and says so if they differ.
+var counter = code(
+	0x41,                               // again: inc ecx
+	0xff, 0x05, 0x00, 0x20, 0x00, 0x00, // inc dword [0x2000]
+	0x3b, 0x0d, 0x00, 0x20, 0x00, 0x00, // cmp ecx, [0x2000]
+	0x74, 0xf1, // je again
+	0xb0, 0x01, 0xe6, 0x90, // mov al, 1; out 0x90, al
+	0xeb, 0xfe) // jmp $
+
+// A guest that is put back thousands of times is each time exactly what it was:
+// memory and registers never disagree, and registers are those of the state.
+func TestRestoreInPlace(t *testing.T) {
+	for name, platform := range map[string]vmm.Platform{"bare": vmm.Bare, "PC": vmm.PC} {
+		t.Run(name, func(t *testing.T) {
+			diverged := make(chan uint32, 1)
+			vm := newVM(t, vmm.Config{
+				Boot: counter, Platform: platform,
+				Devices: []vmm.Device{vmm.Ports{Name: "alarm", Base: 0x90, Size: 1, Handler: &ports{out: func(_ uint64, v uint32) { diverged <- v }}}},
+			})
+			ctx := timeout(t)
+			done := start(ctx, vm)
+			var c *copyOf
+			require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+				c = capture(t, f)
+				return nil
+			}))
+			// As many as there is time for: an emulated host is slow.
+			moved, rounds := 0, 0
+			for begin := time.Now(); rounds < 20 || rounds < 2000 && time.Since(begin) < 3*time.Second; rounds++ {
+				for was := binary.LittleEndian.Uint32(c.pages[0x2000:]); ; { // until it has run
+					now, err := vm.Memory().Load32(0x2000)
+					require.NoError(t, err)
+					if now != was {
+						break
+					}
+					time.Sleep(100 * time.Microsecond) // a spinning host would leave it no processor
+				}
+				require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+					n, err := c.restore(f)
+					moved += n
+					if rounds%100 == 0 && err == nil {
+						c.same(t, f)
+						again, err := f.Save()
+						require.NoError(t, err)
+						sameRegisters(t, c.st, again)
+					}
+					return err
+				}))
+			}
+			select {
+			case <-diverged:
+				t.Fatal("memory and registers are of different times")
+			default:
+			}
+			assert.GreaterOrEqual(t, moved, rounds, "the page with the counter, each time")
+			vm.Stop()
+			assert.Equal(t, vmm.Stopped, (<-done).Reason)
+		})
+	}
+}
+
+// sameRegisters compares the sections of devices and the vCPUs' general registers.
+func sameRegisters(t testing.TB, a, b *vmm.State) {
+	require.Len(t, b.Sections, len(a.Sections))
+	for i, s := range a.Sections {
+		o := b.Sections[i]
+		assert.Equal(t, s.Name, o.Name)
+		if strings.HasPrefix(s.Name, "vcpu/") {
+			assert.Equal(t, vmm.GeneralRegisters(t, s), vmm.GeneralRegisters(t, o), s.Name)
+		} else if s.Name != "chips" {
+			assert.Equal(t, s, o, s.Name)
+		}
+	}
+}
+
+// The OUT that leads to a save is not made again by the restored guest
+// (lessons.md), and an IN under way gets one answer.
+func TestRestoreDoesNotRepeatIO(t *testing.T) {
+	var mu sync.Mutex
+	var seen []uint32
+	p := &ports{}
+	var vm *vmm.VM
+	saved := make(chan *copyOf, 1)
+	ctx := timeout(t)
+	const at = 100
+	p.out = func(_ uint64, v uint32) {
+		mu.Lock()
+		seen = append(seen, v)
+		first := v == at && len(saved) == 0 && cap(saved) == 1
+		mu.Unlock()
+		if first {
+			asked := make(chan struct{})
+			go func() {
+				close(asked)
+				assert.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+					saved <- capture(t, f)
+					return nil
+				}))
+			}()
+			<-asked
+			time.Sleep(20 * time.Millisecond) // the machine is asked to pause in the middle of the OUT
+		}
+		p.mu.Lock()
+		p.in = v
+		p.mu.Unlock()
+	}
+	vm = newVM(t, vmm.Config{
+		Boot: code(
+			0x40,       // again: inc eax
+			0xe7, 0x90, // out 0x90, eax
+			0x89, 0xc3, // mov ebx, eax
+			0xe5, 0x94, // wait: in eax, 0x94
+			0x39, 0xd8, // cmp eax, ebx
+			0x75, 0xfa, // jne wait
+			0xeb, 0xf3), // jmp again
+		Platform: vmm.Bare,
+		Devices:  []vmm.Device{vmm.Ports{Name: "echo", Base: 0x90, Size: 8, Handler: p}},
+	})
+	done := start(ctx, vm)
+	c := <-saved
+	for range 30 {
+		for enough := false; !enough; {
+			time.Sleep(time.Millisecond)
+			mu.Lock()
+			enough = len(seen) >= 3
+			mu.Unlock()
+		}
+		require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+			_, err := c.restore(f)
+			mu.Lock()
+			seen = nil
+			mu.Unlock()
+			p.mu.Lock()
+			p.in = at // the echo is no part of the state
+			p.mu.Unlock()
+			return err
+		}))
+		for {
+			mu.Lock()
+			got := slices.Clone(seen)
+			mu.Unlock()
+			if len(got) < 2 {
+				time.Sleep(time.Millisecond)
+				continue
+			}
+			require.Equal(t, []uint32{at + 1, at + 2}, got[:2])
+			break
+		}
+		mu.Lock()
+		seen = seen[:min(len(seen), 2)]
+		mu.Unlock()
+	}
+	vm.Stop()
+	<-done
+}
+
+// ticking is a guest in real mode that counts the interval timer's interrupts at
+// 0x500 and tells each one to port 0x99, about 500 times a second.
+var ticking = firmware.Flat{Addr: 0x1000, Mode: firmware.Real, Image: firmware.Bytes([]byte{
+	0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xd0, 0xbc, 0x00, 0x80, // ds, ss = 0; sp = 0x8000
+	0xc7, 0x06, 0x80, 0x00, 0x4e, 0x00, 0xc7, 0x06, 0x82, 0x00, 0x00, 0x01, // vector 0x20 = 0x100:isr
+	0xb0, 0x11, 0xe6, 0x20, 0xe6, 0xa0, 0xb0, 0x20, 0xe6, 0x21, 0xb0, 0x28, 0xe6, 0xa1, // PICs at 0x20 and 0x28
+	0xb0, 0x04, 0xe6, 0x21, 0xb0, 0x02, 0xe6, 0xa1, 0xb0, 0x01, 0xe6, 0x21, 0xe6, 0xa1,
+	0xb0, 0xfe, 0xe6, 0x21, 0xb0, 0xff, 0xe6, 0xa1, // only interrupt 0
+	0xb0, 0x34, 0xe6, 0x43, 0xb0, 0x50, 0xe6, 0x40, 0xb0, 0x09, 0xe6, 0x40, // every 2384 ticks of the PIT
+	0xfb,                                           // sti
+	0xf4, 0x66, 0xff, 0x06, 0x00, 0x06, 0xeb, 0xf8, // again: hlt; inc dword [0x600]; jmp again
+	0xff, 0x06, 0x00, 0x05, 0xa1, 0x00, 0x05, // isr: inc word [0x500]; mov ax, [0x500]
+	0xe7, 0x99, // out 0x99, ax
+	0xb0, 0x20, 0xe6, 0x20, 0xcf, // end of interrupt; iret
+})}
+
+// Timers and interrupt controllers go on in a restored guest, which halts between
+// interrupts, from where they were, each time in the same way.
+func TestRestoreTimers(t *testing.T) {
+	ticks := make(chan uint32, 1024)
+	vm := newVM(t, vmm.Config{
+		Boot: ticking,
+		Devices: []vmm.Device{vmm.Ports{Name: "ticks", Base: 0x99, Size: 2, Handler: &ports{out: func(_ uint64, v uint32) {
+			select {
+			case ticks <- v:
+			default:
+			}
+		}}}},
+	})
+	ctx := timeout(t)
+	done := start(ctx, vm)
+	next := func() uint32 {
+		select {
+		case v := <-ticks:
+			return v
+		case <-ctx.Done():
+			t.Fatal("the timer stands still")
+			return 0
+		}
+	}
+	for range 5 {
+		next()
+	}
+	var c *copyOf
+	require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+		c = capture(t, f)
+		return nil
+	}))
+	first := uint32(0)
+	for i := range 30 {
+		require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+			_, err := c.restore(f)
+			for len(ticks) > 0 {
+				<-ticks
+			}
+			return err
+		}))
+		a, b, c := next(), next(), next()
+		if i == 0 {
+			first = a
+		}
+		require.Equal(t, []uint32{first, first + 1, first + 2}, []uint32{a, b, c}, "round %d", i)
+	}
+	vm.Stop()
+	<-done
+}
+
+// A state that does not fit is refused with what is wrong, and the machine goes on.
+func TestPrepareRefuses(t *testing.T) {
+	serial := func() []vmm.Device { return []vmm.Device{&vmm.Serial{}} }
+	vm := newVM(t, vmm.Config{Boot: spin, Devices: serial()})
+	ctx := timeout(t)
+	done := start(ctx, vm)
+	var st *vmm.State
+	require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) (err error) {
+		st, err = f.Save()
+		return err
+	}))
+	_, err := vm.Prepare(st)
+	require.NoError(t, err)
+
+	for name, tc := range map[string]struct {
+		cfg  vmm.Config
+		says string
+	}{
+		"memory":   {vmm.Config{Boot: spin, Devices: serial(), Memory: 8 << 20}, "it has 4 MiB of memory, this machine 8 MiB"},
+		"vCPUs":    {vmm.Config{Boot: spin, Devices: serial(), VCPUs: 2}, "it has 1 vCPUs, this machine 2"},
+		"platform": {vmm.Config{Boot: spin, Platform: vmm.Bare}, "platform"},
+		"less":     {vmm.Config{Boot: spin}, `this machine has no "device/serial-port-COM1"`},
+		"more": {vmm.Config{Boot: spin, Devices: append(serial(), vmm.Ports{Name: "pm", Base: 0x90, Size: 1, Handler: &kept{}})},
+			`section "device/pm" is missing`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := newVM(t, tc.cfg).Prepare(st)
+			assert.ErrorIs(t, err, vmm.ErrState)
+			assert.ErrorContains(t, err, tc.says)
+		})
+	}
+	for i, s := range st.Sections {
+		edit := func(f func(*vmm.Section)) *vmm.State {
+			e := &vmm.State{Sections: slices.Clone(st.Sections)}
+			e.Sections[i].Data = slices.Clone(s.Data)
+			f(&e.Sections[i])
+			return e
+		}
+		for what, e := range map[string]*vmm.State{
+			"version":   edit(func(s *vmm.Section) { s.Version++ }),
+			"truncated": edit(func(s *vmm.Section) { s.Data = s.Data[:len(s.Data)/2] }),
+			"longer":    edit(func(s *vmm.Section) { s.Data = append(s.Data, 0) }),
+			"missing":   {Sections: slices.Delete(slices.Clone(st.Sections), i, i+1)},
+			"renamed":   edit(func(s *vmm.Section) { s.Name += "?" }),
+			"twice":     {Sections: append(slices.Clone(st.Sections), s)},
+		} {
+			_, err := vm.Prepare(e)
+			assert.ErrorIs(t, err, vmm.ErrState, "%s: %s", s.Name, what)
+		}
+	}
+	vm.Stop()
+	<-done
+
+	stateless := newVM(t, vmm.Config{Boot: spin, Platform: vmm.Bare, Devices: []vmm.Device{vmm.Ports{Name: "mine", Base: 0x90, Size: 1, Handler: handler{}}}})
+	err = stateless.Freeze(ctx, func(f *vmm.Frozen) error {
+		_, err := f.Save()
+		return err
+	})
+	assert.ErrorIs(t, err, vmm.ErrNotSavable)
+	assert.ErrorContains(t, err, "mine")
+}
+
+// A load that fails half-way ends the machine, which says why.
+func TestLoadFails(t *testing.T) {
+	vm := newVM(t, vmm.Config{Boot: spin, Platform: vmm.Bare})
+	ctx := timeout(t)
+	done := start(ctx, vm)
+	err := vm.Freeze(ctx, func(f *vmm.Frozen) error {
+		c := capture(t, f)
+		return f.Load(c.p, func() error { return fmt.Errorf("the disk: %w", assert.AnError) })
+	})
+	assert.ErrorIs(t, err, vmm.ErrLoad)
+	assert.ErrorIs(t, err, assert.AnError)
+	e := <-done
+	assert.Equal(t, vmm.Failed, e.Reason)
+	assert.ErrorIs(t, e.Err, assert.AnError)
+}
+
+// Freezing races with everything else, and holds it off.
+func TestFreezeRaces(t *testing.T) {
+	vm := newVM(t, vmm.Config{Boot: count})
+	ctx := timeout(t)
+	done := start(ctx, vm)
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	again := func(f func()) {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					f()
+				}
+			}
+		})
+	}
+	var frozen sync.Mutex
+	freeze := func() {
+		_ = vm.Freeze(ctx, func(f *vmm.Frozen) error {
+			if !frozen.TryLock() {
+				t.Error("frozen twice at once")
+				return nil
+			}
+			defer frozen.Unlock()
+			a, err := f.Memory().Load32(0x2000)
+			if err != nil {
+				return nil // it is being closed
+			}
+			time.Sleep(time.Millisecond)
+			b, err := f.Memory().Load32(0x2000)
+			assert.NoError(t, err, "memory goes away under a frozen machine")
+			assert.Equal(t, a, b, "a frozen machine runs")
+			return nil
+		})
+	}
+	again(freeze)
+	again(freeze)
+	again(func() { _ = vm.Pause(ctx) })
+	again(func() { _ = vm.Resume() })
+	time.Sleep(300 * time.Millisecond)
+	require.NoError(t, vm.Close())
+	close(stop)
+	wg.Wait()
+	assert.Equal(t, vmm.Stopped, (<-done).Reason)
+	assert.ErrorIs(t, vm.Freeze(ctx, nil), vmm.ErrEnded)
+}
+
+// BenchmarkRestoreInPlace is one restore in place of a machine of which the guest
+// has written so many pages, from the call to the guest's next instruction's being
+// possible. ioctls/op is the time of the part that is KVM's: state and dirty log;
+// copy/op that of putting pages back.
+func BenchmarkRestoreInPlace(b *testing.B) {
+	for _, pages := range []uint32{10, 100, 1000, 10000} {
+		b.Run(fmt.Sprint(pages), func(b *testing.B) {
+			round := make(chan struct{}, 1)
+			vm := newVM(b, vmm.Config{
+				Memory: 64 << 20, Platform: vmm.Bare,
+				Boot: code(
+					0x8b, 0x0d, 0x00, 0x20, 0x00, 0x00, // again: mov ecx, [0x2000]
+					0xbf, 0x00, 0x00, 0x20, 0x00, // mov edi, 2 MiB
+					0xff, 0x07, // next: inc dword [edi]
+					0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 4096
+					0x49, 0x75, 0xf5, // dec ecx; jnz next
+					0xe6, 0x90, // out 0x90, al
+					0xeb, 0xe6), // jmp again
+				Devices: []vmm.Device{vmm.Ports{Name: "round", Base: 0x90, Size: 1, Handler: &ports{out: func(uint64, uint32) {
+					select {
+					case round <- struct{}{}:
+					default:
+					}
+				}}}},
+			})
+			require.NoError(b, vm.Memory().Store32(0x2000, pages))
+			ctx := b.Context()
+			done := start(ctx, vm)
+			<-round
+			var c *copyOf
+			require.NoError(b, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+				c = capture(b, f)
+				return nil
+			}))
+			var total, ioctls, copying time.Duration
+			moved := 0
+			for b.Loop() {
+				<-round
+				begin := time.Now()
+				require.NoError(b, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+					at := time.Now()
+					dirty, err := f.TakeDirty(nil)
+					if err != nil {
+						return err
+					}
+					err = f.Load(c.p, func() error {
+						ioctls += time.Since(at)
+						at := time.Now()
+						n, err := c.putPages(f.Memory(), dirty)
+						moved += n
+						copying += time.Since(at)
+						return err
+					})
+					ioctls += time.Since(at)
+					return err
+				}))
+				total += time.Since(begin)
+				select {
+				case <-round:
+				default:
+				}
+			}
+			n := float64(b.N)
+			b.ReportMetric(float64(moved)/n, "pages/op")
+			b.ReportMetric(float64(total.Microseconds())/n, "restore-µs/op")
+			b.ReportMetric(float64(copying.Microseconds())/n, "copy-µs/op")
+			vm.Stop()
+			<-done
+		})
+	}
+}
+
+// kept is a handler with a state of its own.
+type kept struct{ sink }
+
+func (*kept) SaveState() (devices.State, error) { return devices.State{Version: 1}, nil }
+
+func (*kept) LoadState(devices.State) (func(), error) { return func() {}, nil }
