@@ -51,7 +51,7 @@ func TestGuestUserNetwork(t *testing.T) {
 	t.Run("configured by the init", func(t *testing.T) {
 		assert.Contains(t, g.Sh(t, "ifconfig eth0"), "10.0.2.15")
 		assert.Contains(t, g.Sh(t, "route -n"), "10.0.2.2")
-		assert.Equal(t, "nameserver 10.0.2.3\n", g.Sh(t, "cat /etc/resolv.conf"))
+		assert.Equal(t, "nameserver 10.0.2.3", g.Sh(t, "cat /etc/resolv.conf"))
 	})
 	t.Run("down and up", func(t *testing.T) {
 		begin := time.Now()
@@ -63,7 +63,7 @@ func TestGuestUserNetwork(t *testing.T) {
 		assert.Equal(t, want, <-posted)
 	})
 	t.Run("forward", func(t *testing.T) {
-		g.Sh(t, "(echo hello from the guest | nc -l -p 80 >/dev/null 2>&1 &) ; i=0; while ! netstat -ltn | grep -q :80; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done")
+		g.Sh(t, "(echo hello from the guest | nc -l -p 80 >/dev/null 2>&1 &) ; i=0; while ! netstat -ltn 2>/dev/null | grep -q :80; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done")
 		c, err := net.Dial("tcp4", g.UserNet().Listening()[0].String())
 		require.NoError(t, err)
 		defer c.Close()
