@@ -164,7 +164,7 @@ func CreateRaw(path string, size uint64) error {
 	if err != nil {
 		return fmt.Errorf("disk: %w", err)
 	}
-	if err := f.Truncate(int64(size)); err == nil {
+	if err = f.Truncate(int64(size)); err == nil {
 		err = f.Sync()
 	}
 	if cerr := f.Close(); err == nil {
