@@ -492,7 +492,8 @@ func (d *Device) perform(r *request) {
 		written++
 	}
 	r.chain.Wrote(written)
-	failed := status != StatusOK
+	// Before the driver can know of it.
+	d.stats.End(class, r.begin, bytes, status != StatusOK)
 	if r.queue.Acquire() {
 		if ok {
 			r.queue.Push(&r.chain)
@@ -503,7 +504,6 @@ func (d *Device) perform(r *request) {
 	}
 	clear(r.iov)
 	r.iov = r.iov[:0]
-	d.stats.End(class, r.begin, bytes, failed)
 
 	d.mu.Lock()
 	full := d.perQ[r.index] == queueSize

@@ -93,6 +93,9 @@ type machine struct {
 	dev *blk.Device
 	bus *virtio.MMIO
 	ctx context.Context
+	// order is the mutex of the image: the race detector does not see what
+	// rings in guest memory put in order.
+	order *sync.Mutex
 }
 
 func start(t testing.TB, c blk.Config, features uint64) *machine {
@@ -112,7 +115,11 @@ func start(t testing.TB, c blk.Config, features uint64) *machine {
 	})
 	d := virtiotest.New(bus, m, irq, 0x1000)
 	require.NoError(t, d.Start(features, 0))
-	return &machine{Driver: d, t: t, dev: dev, bus: bus, ctx: ctx}
+	order := new(sync.Mutex)
+	if f, ok := c.Image.(*fake); ok {
+		order = &f.mu
+	}
+	return &machine{Driver: d, t: t, dev: dev, bus: bus, ctx: ctx, order: order}
 }
 
 func header(typ uint32, sector uint64) []byte {
@@ -134,6 +141,11 @@ func (m *machine) get(a mem.Addr, n int) []byte {
 	return b
 }
 
+func (m *machine) inOrder() {
+	m.order.Lock()
+	defer m.order.Unlock()
+}
+
 // request is one request through queue 0: what is written, how much is read, in
 // pieces of at most piece bytes.
 func (m *machine) request(out []byte, in, piece int) (got []byte, status byte, used uint32) {
@@ -151,9 +163,12 @@ func (m *machine) request(out []byte, in, piece int) (got []byte, status byte, u
 	cut(a, in+1, true)
 	_, err := m.Queues[0].AddIndirect(m.Alloc(16*len(bufs)), bufs...)
 	require.NoError(m.t, err)
+	m.inOrder()
 	m.Queues[0].Kick()
 	_, used, err = m.Queues[0].WaitUsed(m.ctx)
 	require.NoError(m.t, err)
+	m.order.Lock()
+	defer m.order.Unlock()
 	got = m.get(a, in+1)
 	return got[:in], got[in], used
 }
