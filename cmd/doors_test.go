@@ -27,7 +27,7 @@ var doors = map[string][]string{
 	"vmm/emul":             {"vmm/mem"},
 	"vmm":                  {"vmm/...", "devices/...", "firmware"},
 	"vmm/guest":            {"vmm", "vmm/mem", "balloon", "devices/...", "firmware", "firmware/guestkernel", "guestagent/..."},
-	"vmm/control":          {"vmm", "vmm/mem", "balloon", "guestagent", "guestagent/proto"},
+	"vmm/control":          {"vmm", "vmm/mem", "balloon", "devices/iostat", "devices/ratelimit", "guestagent", "guestagent/proto"},
 	"vmm/vmmtest":          {"vmm/...", "devices/...", "firmware", "firmware/guestkernel", "guestagent", "guestagent/..."},
 	"firmware":             {"vmm/mem"},
 	"firmware/guestkernel": {"testdata/kernel"},

@@ -186,6 +186,16 @@ func printInfo(w io.Writer, m control.Info, g *guestView, all bool) error {
 	if r := m.Requests; r != nil {
 		printRequests(row, r)
 	}
+	if len(m.Devices) > 0 {
+		if err := tw.Flush(); err != nil {
+			return err
+		}
+		fmt.Fprintln(tw)
+		printDevices(tw, m.Devices)
+		if g != nil {
+			fmt.Fprintln(tw)
+		}
+	}
 	if g == nil {
 		return tw.Flush()
 	}

@@ -39,6 +39,10 @@ type runFlags struct {
 	acpi, rng, noPorts            bool
 	timeout                       time.Duration
 	debug                         []string
+	disks                         []string
+	diskSlots                     int
+	net                           string
+	ports                         []string
 	detach, named                 bool // named: with --name
 	noBalloon                     bool
 	shares                        uint64
@@ -81,6 +85,8 @@ shows them, --no-host-cmdline leaves them out.`,
   gondola run --cpus 2 --memory 512M
   gondola run --copy ./prog -- /prog --flag
   echo 'ps; mount' | gondola run
+  gondola run --disk root.img,cow --disk data.img,serial=data -- mount -t ext4 /dev/vda /mnt
+  gondola run --net user -p 8080:80 -- httpd -f
   gondola run --kernel vmlinuz --console serial`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -99,6 +105,10 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.StringVar(&f.console, "console", "none", "interactive console: serial, virtio or none")
 	fl.StringVar(&f.userland, "userland", "", "commands in the guest: busybox, uroot or none (default busybox on PVM hosts, else uroot)")
 	fl.StringArrayVar(&f.copies, "copy", nil, "copy HOST[:GUEST], a file or directory, into the guest (repeatable)")
+	fl.StringArrayVar(&f.disks, "disk", nil, "attach a disk, PATH[,OPTION…], see gondola disk (repeatable)")
+	fl.IntVar(&f.diskSlots, "disk-slots", 0, "empty disks behind them, for gondola disk attach")
+	fl.StringVar(&f.net, "net", "none", "network: user[,host] needs no privileges, tap:NAME[,ip=…,gw=…,dns=…], or none; also mac=, mtu= and limits as for disks")
+	fl.StringArrayVarP(&f.ports, "publish", "p", nil, "make a TCP port of the guest reachable on the host, [ADDRESS:]HOST:GUEST; --net user if no other is given (repeatable)")
 	f.register(c)
 	fl.BoolVarP(&f.detach, "detach", "d", false, "run in the background: print the machine's name when its agent answers")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show the kernel's messages on standard error")
@@ -164,6 +174,33 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 			return cfg, usageError{err}
 		}
 		cfg.Files = append(cfg.Files, file)
+	}
+	for _, s := range f.disks {
+		d, err := parseDisk(s)
+		if err != nil {
+			return cfg, usageError{fmt.Errorf("--disk %w", err)}
+		}
+		cfg.Disks = append(cfg.Disks, d)
+	}
+	if n := len(f.disks) + f.diskSlots; f.diskSlots < 0 || n > guest.MaxDisks {
+		return cfg, usageError{fmt.Errorf("--disk-slots %d: a machine has at most %d disks", f.diskSlots, guest.MaxDisks)}
+	}
+	cfg.DiskSlots = f.diskSlots
+	if len(f.ports) > 0 && f.net == "none" {
+		f.net = "user"
+	}
+	if cfg.Net, err = parseNetwork(f.net); err != nil {
+		return cfg, usageError{fmt.Errorf("--net %w", err)}
+	}
+	for _, s := range f.ports {
+		p, err := parseForward(s)
+		if err != nil {
+			return cfg, usageError{fmt.Errorf("--publish %w", err)}
+		}
+		if cfg.Net.Tap != "" {
+			return cfg, usageError{errors.New("--publish is for --net user: a TAP interface's guest has an address of its own")}
+		}
+		cfg.Net.Forwards = append(cfg.Net.Forwards, p)
 	}
 	if err := f.check(); err != nil {
 		return cfg, err

@@ -172,6 +172,14 @@ func (q *Queue) Pop(c *Chain) bool {
 	return true
 }
 
+// Unpop puts the last n chains that Pop gave back into the ring, in the critical
+// section that popped them and before anything is pushed: Pop gives them again.
+func (q *Queue) Unpop(n int) {
+	if q.live {
+		q.s.NextAvail -= uint16(n)
+	}
+}
+
 // walk collects the segments of the chain that starts at c.head. It visits at
 // most one descriptor more than the queue has, whatever the guest wrote (2.7.5).
 func (q *Queue) walk(c *Chain) error {

@@ -54,6 +54,8 @@ type Config struct {
 	TimerSlack time.Duration `cbor:"10,keyasint,omitempty"`
 	// FullArgv0 is agent.Config.FullArgv0.
 	FullArgv0 bool `cbor:"11,keyasint,omitempty"`
+	// Net are network interfaces to bring up (gondola.net=, repeatable).
+	Net []Net `cbor:"-"`
 }
 
 // Marshal returns the file's content.
@@ -85,6 +87,11 @@ func (c *Config) Apply(cmdline string) (unknown []string) {
 		case "console":
 			c.Console = value
 		case "region": // the helper's (docs/ports.md)
+		case "net":
+			n, err := ParseNet(value)
+			if good = err == nil; good {
+				c.Net = append(c.Net, n)
+			}
 		case "poweroff":
 			if good = value == "reset" || value == "poweroff" || value == "halt"; good {
 				c.PowerOff = value

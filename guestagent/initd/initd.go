@@ -87,6 +87,11 @@ func Run(software string) {
 	if err := networkUp(); err != nil {
 		logf("network: %v", err)
 	}
+	for _, n := range d.conf.Net {
+		if err := netUp(n); err != nil {
+			logf("%v", err)
+		}
+	}
 	go d.signals()
 	go d.keepHelper()
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/gondola-vmm/gondola/devices/iostat"
 	"github.com/gondola-vmm/gondola/guestagent"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 )
@@ -53,6 +54,24 @@ func (c *Client) Pause(ctx context.Context) error { return c.Conn().Do(ctx, OpPa
 
 // Resume lets a paused machine go on.
 func (c *Client) Resume(ctx context.Context) error { return c.Conn().Do(ctx, OpResume, nil, nil) }
+
+// Limits changes the rate limits of the machine's devices, all or none of them,
+// and returns what holds then.
+func (c *Client) Limits(ctx context.Context, change ...Limit) (devices []iostat.Info, err error) {
+	return devices, c.Conn().Do(ctx, OpLimits, LimitsRequest{Change: change}, &devices)
+}
+
+// AttachDisk puts a disk into a free slot and returns its name in the guest.
+func (c *Client) AttachDisk(ctx context.Context, d Disk) (device string, err error) {
+	var r DiskAttached
+	err = c.Conn().Do(ctx, OpDiskAttach, d, &r)
+	return r.Device, err
+}
+
+// DetachDisk takes a disk that AttachDisk gave away again.
+func (c *Client) DetachDisk(ctx context.Context, device string) error {
+	return c.Conn().Do(ctx, OpDiskDetach, DiskDetach{Device: device}, nil)
+}
 
 // Stop ends the machine and returns when its name is free. If ctx ends before
 // the guest has, the machine goes on unless the guest obeys.

@@ -13,7 +13,11 @@
 // cancelled when it goes away.
 package control
 
-import "github.com/gondola-vmm/gondola/vmm"
+import (
+	"github.com/gondola-vmm/gondola/devices/iostat"
+	"github.com/gondola-vmm/gondola/devices/ratelimit"
+	"github.com/gondola-vmm/gondola/vmm"
+)
 
 // Operations of a machine. Those of the agent that are passed on are exec,
 // file.put, file.get, info and ping.
@@ -23,6 +27,10 @@ const (
 	OpLogs   = "machine.logs"   // LogsRequest, stream 1 the console's output, empty reply
 	OpPause  = "machine.pause"  // no arguments, empty reply
 	OpResume = "machine.resume" // no arguments, empty reply
+
+	OpLimits     = "machine.limits"      // LimitsRequest → []iostat.Info
+	OpDiskAttach = "machine.disk.attach" // Disk → DiskAttached
+	OpDiskDetach = "machine.disk.detach" // DiskDetach, empty reply
 )
 
 // States of a machine.
@@ -56,6 +64,8 @@ type Info struct {
 	Use *Memory `cbor:"40,keyasint,omitempty" json:"memory_use,omitempty"`
 	// Policy is its part in the division of the host's memory (gondola manager).
 	Policy Policy `cbor:"41,keyasint,omitempty" json:"memory_policy"`
+	// Devices are the disks and networks with their counters.
+	Devices []iostat.Info `cbor:"14,keyasint,omitempty" json:"devices,omitempty"`
 }
 
 // Requests count what a guest asked of its monitor over port A, and what it was told
@@ -78,6 +88,40 @@ type Carrier struct {
 	Requests uint64 `cbor:"2,keyasint" json:"requests"`
 	Waiting  int    `cbor:"3,keyasint" json:"events_waiting"` // that the guest has not read
 	Lost     uint64 `cbor:"4,keyasint" json:"events_lost"`    // because it did not read
+}
+
+// LimitsRequest changes the rate limits of devices, all or none, and asks for what
+// then holds.
+type LimitsRequest struct {
+	Change []Limit `cbor:"1,keyasint,omitempty"`
+}
+
+// Limit changes the limits of one device; what is nil stays as it is.
+type Limit struct {
+	Device         string  `cbor:"1,keyasint"` // its name in the guest: vda, eth0
+	BytesPerSecond *uint64 `cbor:"2,keyasint,omitempty"`
+	BytesBurst     *uint64 `cbor:"3,keyasint,omitempty"`
+	OpsPerSecond   *uint64 `cbor:"4,keyasint,omitempty"`
+	OpsBurst       *uint64 `cbor:"5,keyasint,omitempty"`
+}
+
+// Disk is a disk for a running machine.
+type Disk struct {
+	Path     string           `cbor:"1,keyasint"` // absolute
+	ReadOnly bool             `cbor:"2,keyasint,omitempty"`
+	COW      bool             `cbor:"3,keyasint,omitempty"` // write to a temporary layer
+	Serial   string           `cbor:"4,keyasint,omitempty"`
+	Limits   ratelimit.Limits `cbor:"5,keyasint"`
+}
+
+// DiskAttached says where a disk appears.
+type DiskAttached struct {
+	Device string `cbor:"1,keyasint"` // in the guest: vda
+}
+
+// DiskDetach takes a disk away.
+type DiskDetach struct {
+	Device string `cbor:"1,keyasint"`
 }
 
 // StopRequest ends a machine: the guest is asked to power off, and if it has not

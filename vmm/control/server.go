@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gondola-vmm/gondola/devices/iostat"
+	"github.com/gondola-vmm/gondola/devices/ratelimit"
 	"github.com/gondola-vmm/gondola/guestagent"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/vmm"
@@ -34,6 +36,16 @@ type Machine interface {
 	Requests() *Requests
 	// Done is closed when the machine has ended.
 	Done() <-chan struct{}
+}
+
+// IO is implemented by a Machine whose devices are counted and limited, and whose
+// disks come and go.
+type IO interface {
+	Devices() []iostat.Info
+	// Limiter has the limits of a device of that name.
+	Limiter(device string) (*ratelimit.Limiter, error)
+	AttachDisk(Disk) (device string, err error)
+	DetachDisk(device string) error
 }
 
 // Config of a server. The zero value works.
@@ -230,7 +242,10 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		OpPause:  handle(s.pause),
 		OpResume: handle(s.resume),
 
-		OpBalloon: handle(s.balloon),
+		OpBalloon:    handle(s.balloon),
+		OpLimits:     handle(s.limits),
+		OpDiskAttach: handle(s.attachDisk),
+		OpDiskDetach: handle(s.detachDisk),
 
 		proto.OpExec: s.forward(passed{
 			in: []uint8{proto.StreamStdin, proto.StreamControl}, out: []uint8{proto.StreamStdout, proto.StreamStderr},
@@ -322,6 +337,9 @@ func (s *Server) info(*proto.Call, *struct{}) (any, error) {
 	select {
 	case <-s.attached:
 		info.Stats, info.Requests = s.machine.Stats(), s.machine.Requests()
+		if m, ok := s.machine.(IO); ok {
+			info.Devices = m.Devices()
+		}
 		info.State = s.state(paused)
 		info.Use = memory(s.machine, true)
 	default:

@@ -24,7 +24,9 @@ import (
 	"time"
 
 	"github.com/gondola-vmm/gondola/balloon"
+	"github.com/gondola-vmm/gondola/devices/usernet"
 	"github.com/gondola-vmm/gondola/devices/virtio/console"
+	"github.com/gondola-vmm/gondola/devices/virtio/net"
 	"github.com/gondola-vmm/gondola/devices/virtio/rng"
 	"github.com/gondola-vmm/gondola/firmware"
 	"github.com/gondola-vmm/gondola/firmware/guestkernel"
@@ -120,6 +122,12 @@ type Config struct {
 	// NoBalloon is set (package balloon).
 	Balloon   balloon.Config
 	NoBalloon bool
+	// Disks are the guest's virtio disks, vda and on. DiskSlots is the number
+	// of empty ones behind them, for AttachDisk.
+	Disks     []Disk
+	DiskSlots int
+	// Net is the guest's network, nil for none.
+	Net *Network
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
 	// Agent is the content of the agent's binary; nil: package agentbin finds
@@ -154,6 +162,11 @@ type Guest struct {
 	log    *consoleLog
 	times  Times
 	hello  proto.Hello
+	disks  disks
+
+	net     *net.Device // nil: no network
+	netKind string
+	user    *usernet.Network // nil: another network
 
 	generation atomic.Pointer[[]byte]
 
@@ -233,6 +246,18 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	if !cfg.NoBalloon {
 		g.mem.balloon = balloon.New(cfg.Balloon)
 		devices = append(devices, vmm.Virtio{Name: "virtio balloon", Device: g.mem.balloon})
+	}
+	if err := g.openDisks(cfg); err != nil {
+		return nil, err
+	}
+	for _, d := range g.disks.list {
+		devices = append(devices, vmm.Virtio{Name: "virtio disk " + d.name, Device: d.dev})
+	}
+	if err := g.openNetwork(cfg.Net); err != nil {
+		return nil, err
+	}
+	if g.net != nil {
+		devices = append(devices, vmm.Virtio{Name: "virtio net", Device: g.net})
 	}
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
@@ -346,6 +371,9 @@ func (c Config) cmdline(ports []portDevice) string {
 		if p.word != "" {
 			words = append(words, p.word)
 		}
+	}
+	if w := c.Net.word(); w != "" {
+		words = append(words, w)
 	}
 	if c.Cmdline != "" {
 		words = append(words, c.Cmdline)
@@ -538,7 +566,10 @@ func (g *Guest) Close() error {
 		if g.vm != nil {
 			errs = append(errs, g.vm.Close()) // closes the ports, too
 		} else if g.con != nil {
-			errs = append(errs, g.con.Close())
+			errs = append(errs, g.con.Close(), g.closeDisks())
+			if g.net != nil {
+				errs = append(errs, g.net.Close())
+			}
 		}
 		if g.agent != nil {
 			g.agent.Close() // says how the port ended

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/gondola-vmm/gondola/devices/usernet"
+	"github.com/gondola-vmm/gondola/vmm/guest"
+)
+
+// parseNetwork reads user[,OPTION…], tap:NAME[,OPTION…] or none.
+func parseNetwork(s string) (*guest.Network, error) {
+	words := strings.Split(s, ",")
+	n := &guest.Network{}
+	tap, isTap := strings.CutPrefix(words[0], "tap:")
+	switch {
+	case s == "none":
+		return nil, nil
+	case isTap && tap != "" && len(tap) < 16:
+		n.Tap = tap
+	case words[0] == "user":
+	default:
+		return nil, fmt.Errorf("%q: choose user, tap:NAME or none", s)
+	}
+	for _, w := range words[1:] {
+		name, value, _ := strings.Cut(w, "=")
+		var err error
+		switch {
+		case name == "host" && value == "" && !isTap:
+			n.HostAccess = true
+		case name == "mac":
+			var hw net.HardwareAddr
+			if hw, err = net.ParseMAC(value); err == nil && (len(hw) != 6 || hw[0]&1 != 0) {
+				err = errors.New("no station's address")
+			}
+			if err == nil {
+				n.MAC = [6]byte(hw)
+			}
+		case name == "mtu":
+			var v uint64
+			if v, err = strconv.ParseUint(value, 10, 16); err == nil && v < 576 {
+				err = errors.New("want 576 to 65535")
+			}
+			n.MTU = uint16(v)
+		case name == "ip" && isTap:
+			n.Address, err = netip.ParsePrefix(value)
+		case name == "gw" && isTap:
+			n.Gateway, err = netip.ParseAddr(value)
+		case name == "dns" && isTap:
+			n.DNS, err = netip.ParseAddr(value)
+		default:
+			var known bool
+			if known, err = limitOption(&n.Limits, name, value); !known {
+				err = errors.New("the options are mac=ADDRESS, mtu=N, " + limitOptions + "; with user host, with tap ip=ADDRESS/BITS, gw=ADDRESS, dns=ADDRESS")
+			}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %s: %w", words[0], w, err)
+		}
+	}
+	return n, nil
+}
+
+// parseForward reads [ADDRESS:]HOST:GUEST.
+func parseForward(s string) (usernet.Forward, error) {
+	bad := fmt.Errorf("%q: want [ADDRESS:]HOSTPORT:GUESTPORT, for example 8080:80", s)
+	i := strings.LastIndexByte(s, ':')
+	if i < 0 {
+		return usernet.Forward{}, bad
+	}
+	host, port := s[:i], s[i+1:]
+	if !strings.Contains(host, ":") {
+		host = "127.0.0.1:" + host
+	}
+	at, err := netip.ParseAddrPort(host)
+	to, perr := strconv.ParseUint(port, 10, 16)
+	if err != nil || perr != nil || to == 0 || !at.Addr().Is4() {
+		return usernet.Forward{}, bad
+	}
+	return usernet.Forward{Host: at, Guest: uint16(to)}, nil
+}

@@ -1,0 +1,373 @@
+// Package net is the virtio network device (virtio 1.2, 5.1). It moves Ethernet
+// frames between the driver and a Backend.
+package net
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gondola-vmm/gondola/devices/iostat"
+	"github.com/gondola-vmm/gondola/devices/ratelimit"
+	"github.com/gondola-vmm/gondola/devices/virtio"
+)
+
+// Feature bits (5.1.3).
+const (
+	FeatureCsum      uint64 = 1 << 0 // the device takes packets without checksum
+	FeatureGuestCsum uint64 = 1 << 1 // the driver does
+	FeatureMTU       uint64 = 1 << 3
+	FeatureMAC       uint64 = 1 << 5
+	FeatureGuestTSO4 uint64 = 1 << 7
+	FeatureGuestTSO6 uint64 = 1 << 8
+	FeatureHostTSO4  uint64 = 1 << 11
+	FeatureHostTSO6  uint64 = 1 << 12
+	FeatureMrgRxbuf  uint64 = 1 << 15
+	FeatureStatus    uint64 = 1 << 16
+)
+
+// Offloads are the features that a Backend with a vnet header can have.
+const Offloads = FeatureCsum | FeatureGuestCsum | FeatureGuestTSO4 | FeatureGuestTSO6 | FeatureHostTSO4 | FeatureHostTSO6
+
+const (
+	// HeaderSize is the size of the header before each frame (5.1.6), which is
+	// that of a tap with IFF_VNET_HDR, too.
+	HeaderSize = 12
+	// MaxFrame is the largest frame with its header, a TSO packet.
+	MaxFrame = HeaderSize + 14 + 65535
+
+	// Queues (5.1.2).
+	queueRx = 0
+	queueTx = 1
+
+	queueSize  = 256
+	configSize = 12
+	linkUp     = 1
+)
+
+// Backend is the other end of the cable. Frames begin with a header of HeaderSize
+// bytes: all zero but for num_buffers, unless Offloads says more.
+type Backend interface {
+	// Send takes a frame from the guest. It may drop it, must not block for
+	// long, and must not keep p.
+	Send(p []byte) error
+	// Receive waits for a frame for the guest. After Close it returns an error.
+	Receive(p []byte) (int, error)
+	// Offloads is the set of offload features that it can work with.
+	Offloads() uint64
+	// Negotiated says which of them, and of the driver's, are used now.
+	Negotiated(features uint64) error
+	// Close ends Receive. It is called once.
+	Close() error
+}
+
+// Config of a network device.
+type Config struct {
+	Backend Backend
+	MAC     [6]byte
+	// MTU is announced to the driver, 68 to 65535; 0 announces none.
+	MTU    uint16
+	Limits ratelimit.Limits
+	// Now is the rate limiter's clock, time.Now if nil.
+	Now func() time.Time
+}
+
+// ErrConfig is wrapped by the errors of New.
+var ErrConfig = errors.New("virtio/net: invalid configuration")
+
+// Device is a virtio network device.
+//
+// Frames that come while the guest has no buffers wait in the backend, and are
+// dropped there when it is full: a guest that never takes its packets costs one
+// frame here.
+type Device struct {
+	cfg      Config
+	features uint64
+	env      virtio.Env
+	limiter  *ratelimit.Limiter
+	stats    iostat.Device
+	timer    *time.Timer
+	down     atomic.Bool
+	merge    atomic.Bool
+	once     sync.Once
+	done     chan struct{}
+	reader   sync.WaitGroup
+
+	// Of the transmit queue's goroutine.
+	tx  virtio.Chain
+	out [MaxFrame]byte
+
+	// Of the receiving goroutine.
+	rx    []virtio.Chain
+	in    [MaxFrame]byte
+	ready chan struct{} // the receive queue may have buffers
+}
+
+// New makes a network device. It takes the backend over if it succeeds.
+func New(c Config) (*Device, error) {
+	if c.Backend == nil {
+		return nil, fmt.Errorf("%w: no backend", ErrConfig)
+	}
+	if c.MTU != 0 && c.MTU < 68 {
+		return nil, fmt.Errorf("%w: MTU %d; the least is 68", ErrConfig, c.MTU)
+	}
+	if c.MAC[0]&1 != 0 || c.MAC == [6]byte{} {
+		return nil, fmt.Errorf("%w: %x is no station's MAC address", ErrConfig, c.MAC)
+	}
+	d := &Device{
+		cfg: c, features: FeatureMAC | FeatureStatus | FeatureMrgRxbuf | c.Backend.Offloads()&Offloads,
+		limiter: ratelimit.New(c.Limits, c.Now), done: make(chan struct{}), ready: make(chan struct{}, 1),
+		rx: make([]virtio.Chain, 1),
+	}
+	if c.MTU != 0 {
+		d.features |= FeatureMTU
+	}
+	d.timer = time.AfterFunc(time.Hour, d.wake)
+	d.timer.Stop()
+	d.limiter.OnChange(d.wake)
+	return d, nil
+}
+
+// Limiter has the rate limits, of both directions together.
+func (d *Device) Limiter() *ratelimit.Limiter { return d.limiter }
+
+// Stats are the counters: Read is what the guest received, Write what it sent.
+func (d *Device) Stats() iostat.Stats { return d.stats.Stats() }
+
+// SetLink plugs the cable in or out. Frames are dropped while it is out.
+func (d *Device) SetLink(up bool) {
+	if d.down.Swap(!up) == up && d.env.ConfigChanged != nil {
+		d.env.ConfigChanged()
+	}
+}
+
+// ID implements virtio.Device (5.1.1).
+func (d *Device) ID() uint32 { return virtio.IDNet }
+
+// Features implements virtio.Device (5.1.3).
+func (d *Device) Features() uint64 { return d.features }
+
+// QueueSizes implements virtio.Device: one pair of queues (5.1.2).
+func (d *Device) QueueSizes() []uint16 { return []uint16{queueSize, queueSize} }
+
+// Attach implements virtio.Device.
+func (d *Device) Attach(e virtio.Env) {
+	d.env = e
+	d.reader.Go(d.receive)
+}
+
+// ReadConfig implements virtio.Device (5.1.4).
+func (d *Device) ReadConfig(off uint64, p []byte) {
+	var b [configSize]byte
+	copy(b[:], d.cfg.MAC[:])
+	if !d.down.Load() {
+		b[6] = linkUp
+	}
+	binary.LittleEndian.PutUint16(b[8:], 1) // queue pairs
+	binary.LittleEndian.PutUint16(b[10:], d.cfg.MTU)
+	if off < configSize {
+		copy(p, b[off:])
+	}
+}
+
+// WriteConfig implements virtio.Device; nothing can be written.
+func (d *Device) WriteConfig(uint64, []byte) {}
+
+// Activate implements virtio.Device.
+func (d *Device) Activate(features uint64) error {
+	d.merge.Store(features&FeatureMrgRxbuf != 0)
+	return d.cfg.Backend.Negotiated(features & Offloads)
+}
+
+// Reset implements virtio.Device. Frames are moved within critical sections of
+// the queues, so nothing is in flight.
+func (d *Device) Reset() {}
+
+// Close implements virtio.Device. It closes the backend and is idempotent.
+func (d *Device) Close() (err error) {
+	d.once.Do(func() {
+		d.timer.Stop()
+		close(d.done)
+		err = d.cfg.Backend.Close()
+		d.reader.Wait()
+	})
+	return err
+}
+
+func (d *Device) wake() {
+	for _, q := range d.env.Queues {
+		q.Wake()
+	}
+}
+
+// throttled tells whether a rate limit holds the queues up, and then has them
+// looked at again later.
+func (d *Device) throttled() bool {
+	w := d.limiter.Wait()
+	if w == 0 {
+		return false
+	}
+	d.stats.Throttled()
+	d.timer.Reset(w)
+	return true
+}
+
+// Kick implements virtio.Device.
+func (d *Device) Kick(i int) {
+	if i == queueRx {
+		select {
+		case d.ready <- struct{}{}:
+		default:
+		}
+		return
+	}
+	q := d.env.Queues[queueTx]
+	for more := true; more; {
+		if d.throttled() || !q.Acquire() {
+			return
+		}
+		more = d.transmit(q)
+		q.Release()
+	}
+}
+
+// transmit sends one frame (5.1.6.2). One that is impossible is dropped, and
+// counted as an error.
+func (d *Device) transmit(q *virtio.Queue) (more bool) {
+	if !q.Pop(&d.tx) {
+		return q.Arm()
+	}
+	begin := time.Now()
+	size := d.tx.Readable()
+	ok := size > HeaderSize && size <= MaxFrame
+	if ok {
+		n, err := d.tx.Read(d.out[:size])
+		ok = err == nil && uint64(n) == size && d.checkHeader(d.out[:size])
+	}
+	q.Push(&d.tx)
+	n := uint64(0)
+	if ok {
+		n = size - HeaderSize
+		d.limiter.Charge(1, n)
+		ok = d.down.Load() || d.cfg.Backend.Send(d.out[:size]) == nil
+	} else {
+		d.limiter.Charge(1, 0)
+	}
+	d.stats.Write.Count(time.Since(begin), n, !ok)
+	return true
+}
+
+// checkHeader sees to it that a header says nothing that was not offered, and
+// nothing that lies outside of the frame (5.1.6.2).
+func (d *Device) checkHeader(p []byte) bool {
+	h := p[:HeaderSize]
+	le := binary.LittleEndian
+	flags, gso := h[0], h[1]
+	if d.features&FeatureCsum == 0 {
+		clear(h) // the driver may not ask for anything
+		return flags&1 == 0 && gso == 0
+	}
+	size := len(p) - HeaderSize
+	if flags&1 != 0 {
+		start, off := int(le.Uint16(h[6:])), int(le.Uint16(h[8:]))
+		if start+off+2 > size {
+			return false
+		}
+	}
+	switch gso &^ 0x80 {
+	case 0:
+	case 1, 4: // TCP over IPv4, IPv6
+		if d.features&FeatureHostTSO4 == 0 || flags&1 == 0 || le.Uint16(h[4:]) == 0 || int(le.Uint16(h[2:])) > size {
+			return false
+		}
+	default:
+		return false
+	}
+	h[0] &= 1
+	h[10], h[11] = 0, 0
+	return true
+}
+
+// receive moves frames from the backend to the guest.
+func (d *Device) receive() {
+	for {
+		n, err := d.cfg.Backend.Receive(d.in[:])
+		if err != nil {
+			return
+		}
+		if n <= HeaderSize || d.down.Load() {
+			continue
+		}
+		begin := time.Now()
+		for !d.deliver(d.in[:n], begin) {
+			select {
+			case <-d.ready:
+			case <-d.done:
+				return
+			}
+		}
+	}
+}
+
+// deliver gives the guest a frame (5.1.6.4). It returns false if there is no room
+// for it yet; a Kick of the receive queue follows.
+func (d *Device) deliver(p []byte, begin time.Time) bool {
+	if d.throttled() {
+		return false
+	}
+	q := d.env.Queues[queueRx]
+	if !q.Acquire() {
+		return false
+	}
+	defer q.Release()
+	room, used := 0, 0
+	for room < len(p) {
+		if used == len(d.rx) {
+			d.rx = append(d.rx, virtio.Chain{})
+		}
+		c := &d.rx[used]
+		if !q.Pop(c) {
+			// What was popped is put back: nothing was pushed since.
+			q.Unpop(used)
+			if q.Arm() {
+				q.Wake()
+			}
+			return false
+		}
+		used++
+		room += int(min(c.Writable(), MaxFrame))
+		if !d.merge.Load() || used == queueSize {
+			break
+		}
+	}
+	fits := room >= len(p)
+	if fits {
+		// num_buffers is the number of chains, 1 without MRG_RXBUF (5.1.6.3.1).
+		binary.LittleEndian.PutUint16(p[10:], uint16(used))
+	}
+	for i := range used {
+		if c := &d.rx[i]; fits && len(p) > 0 {
+			n, err := c.Write(p[:min(uint64(len(p)), c.Writable())])
+			if err != nil {
+				return true // the machine is going away
+			}
+			p = p[n:]
+		}
+		q.Push(&d.rx[i])
+	}
+	size := uint64(0)
+	if fits {
+		for i := range used {
+			size += uint64(d.rx[i].Written())
+		}
+		size -= HeaderSize
+	}
+	d.limiter.Charge(1, size)
+	d.stats.Read.Count(time.Since(begin), size, !fits)
+	return true
+}
+
+var _ virtio.Device = (*Device)(nil)

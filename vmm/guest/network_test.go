@@ -1,0 +1,96 @@
+package guest_test
+
+import (
+	"crypto/md5"
+	"encoding/hex"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/gondola-vmm/gondola/devices/usernet"
+	"github.com/gondola-vmm/gondola/vmm/guest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+)
+
+// The user-mode network: both ways, by name server, by DHCP, and with the cable out.
+func TestGuestUserNetwork(t *testing.T) {
+	data := make([]byte, 2<<20)
+	r := rand.New(rand.NewPCG(1, 2))
+	for i := range data {
+		data[i] = byte(r.Uint32())
+	}
+	sum := md5.Sum(data)
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	posted := make(chan string, 1)
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if req.Method == http.MethodPost {
+			b, _ := io.ReadAll(req.Body)
+			s := md5.Sum(b)
+			posted <- hex.EncodeToString(s[:])
+			return
+		}
+		_, _ = w.Write(data)
+	})}
+	go func() { _ = srv.Serve(l) }()
+	defer srv.Close()
+	url := "http://10.0.2.2:" + strconv.Itoa(l.Addr().(*net.TCPAddr).Port) + "/"
+	g := vmmtest.Boot(t, guest.Config{
+		Name: "net", Memory: 256 << 20, VCPUs: 2,
+		Net: &guest.Network{HostAccess: true, Forwards: []usernet.Forward{{Host: netip.MustParseAddrPort("127.0.0.1:0"), Guest: 80}}},
+	})
+	t.Run("configured by the init", func(t *testing.T) {
+		assert.Contains(t, g.Sh(t, "ifconfig eth0"), "10.0.2.15")
+		assert.Contains(t, g.Sh(t, "route -n"), "10.0.2.2")
+		assert.Equal(t, "nameserver 10.0.2.3", g.Sh(t, "cat /etc/resolv.conf"))
+	})
+	t.Run("down and up", func(t *testing.T) {
+		begin := time.Now()
+		out := g.Sh(t, "wget -q -O /tmp/data "+url+" && md5sum /tmp/data")
+		t.Logf("2 MiB in %v", time.Since(begin))
+		assert.Equal(t, hex.EncodeToString(sum[:]), strings.Fields(out)[0])
+		g.Sh(t, "wget -q -O /dev/null --post-file /etc/passwd "+url)
+		want := strings.Fields(g.Sh(t, "md5sum /etc/passwd"))[0]
+		assert.Equal(t, want, <-posted)
+	})
+	t.Run("forward", func(t *testing.T) {
+		g.Sh(t, "(echo hello from the guest | nc -l -p 80 >/dev/null 2>&1 &) ; i=0; while ! netstat -ltn 2>/dev/null | grep -q :80; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done")
+		c, err := net.Dial("tcp4", g.UserNet().Listening()[0].String())
+		require.NoError(t, err)
+		defer c.Close()
+		require.NoError(t, c.SetDeadline(time.Now().Add(20*time.Second)))
+		b := make([]byte, 21)
+		_, err = io.ReadFull(c, b)
+		require.NoError(t, err)
+		assert.Equal(t, "hello from the guest\n", string(b))
+	})
+	t.Run("DHCP", func(t *testing.T) {
+		out := g.Sh(t, "udhcpc -n -q -f -t 5 -i eth0 -s /bin/true 2>&1")
+		assert.Contains(t, out, "10.0.2.15")
+	})
+	t.Run("link", func(t *testing.T) {
+		for _, want := range []string{"0", "1"} {
+			require.NoError(t, g.SetLink(want == "1"))
+			g.Sh(t, "i=0; while [ $(cat /sys/class/net/eth0/carrier) != "+want+" ]; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done")
+		}
+	})
+	t.Run("through a pause", func(t *testing.T) {
+		require.NoError(t, g.VM().Pause(g.Within(t)))
+		require.NoError(t, g.VM().Resume())
+		assert.Equal(t, hex.EncodeToString(sum[:]), strings.Fields(g.Sh(t, "wget -q -O - "+url+" | md5sum"))[0])
+	})
+	for _, d := range g.Devices() {
+		assert.Equal(t, "eth0", d.Name)
+		assert.Greater(t, d.Stats.Read.Bytes, uint64(4<<20))
+		assert.NotZero(t, d.Stats.Write.Ops)
+	}
+}
