@@ -18,6 +18,7 @@ import (
 	"runtime/debug"
 	"strings"
 
+	"github.com/gondola-vmm/gondola/guestagent/env"
 	"github.com/gondola-vmm/gondola/guestagent/initd"
 )
 
@@ -30,6 +31,7 @@ const usage = `usage: gondola-agent COMMAND
   agent [PORT]     serve the host on a virtio-serial port, as a service;
                    PORT is a port's name (default gondola.agent) or a device
   info             print what the agent knows of this system
+  env COMMAND      environments: programs with names of their own (env help)
   version          print the version
 `
 
@@ -60,6 +62,8 @@ func command(args []string) int {
 		err = initd.Service(port, "gondola-agent "+version)
 	case len(args) == 1 && args[0] == "info":
 		err = initd.PrintInfo(os.Stdout, "gondola-agent "+version)
+	case len(args) >= 1 && args[0] == "env":
+		return env.Main(args[1:])
 	case len(args) == 1 && args[0] == "version":
 		_, err = os.Stdout.WriteString("gondola-agent " + version + "\n")
 	default:

@@ -308,14 +308,14 @@ func (t *Table) weigh(d *Decision, name string) {
 }
 
 // needed says whether enforcement lets a request through. Directories on the way
-// to a needed name can be searched, and what the environment owns is its own
+// to a needed name can be searched and listed, and what the environment owns is its own
 // affair once it is needed as a whole.
 func (t *Table) needed(r Request) bool {
 	k := key(r.Name)
 	if _, _, ok := t.needs.Root().LongestPrefix(k); ok {
 		return true
 	}
-	if r.Action != Search && r.Action != Enumerate {
+	if r.Action.Changes() || r.Action == Execute {
 		return false
 	}
 	it := t.needs.Root().Iterator()
@@ -484,4 +484,17 @@ func (s Space) Virtual(name string) string {
 		return "/" + r
 	}
 	return name
+}
+
+// NeedsBelow says whether the list of needs has a name below dir.
+func (t *Table) NeedsBelow(dir string) bool {
+	k := key(dir)
+	it := t.needs.Root().Iterator()
+	it.SeekPrefix(k)
+	for e, _, ok := it.Next(); ok; e, _, ok = it.Next() {
+		if len(e) > len(k) {
+			return true
+		}
+	}
+	return false
 }
