@@ -502,7 +502,7 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 
 func (w *worker) openPlace(p *place, f int) (int, error) {
 	f |= unix.O_NOFOLLOW // links are followed already
-	if p.layer == upper {
+	if p.fdLayer() == upper {
 		return w.s.openUpper(p.virt, f, 0)
 	}
 	return w.s.openLower(p.virt, f)
@@ -618,6 +618,17 @@ func (w *worker) stat(dirfd int32, addr, out, flags uint64) (int64, error) {
 	if !p.exists() {
 		return 0, unix.ENOENT
 	}
+	if p.layer == magic && p.isDir() {
+		// A directory's descriptor may be the base's, but the environment's
+		// properties count.
+		if real, e := os.Readlink(p.link); e == nil {
+			if real, ok := w.s.named(real); ok {
+				if q, e := w.walk("/", w.s.virtual(real), walkOpts{}); e == nil && q.isDir() && q.st.Ino == p.st.Ino && q.st.Dev == p.st.Dev {
+					p = q
+				}
+			}
+		}
+	}
 	return 0, w.write(out, unsafe.Slice((*byte)(unsafe.Pointer(&p.st)), unsafe.Sizeof(p.st)))
 }
 
@@ -638,6 +649,9 @@ func (w *worker) statx(dirfd int32, addr, flags uint64, mask uint32, out uint64)
 		err = unix.Statx(unix.AT_FDCWD, p.link, sync, int(mask), &st)
 	default:
 		err = unix.Statx(w.s.rootFD(p.layer), rel(p.virt), sync|unix.AT_SYMLINK_NOFOLLOW, int(mask), &st)
+		if p.merged {
+			st.Ino, st.Dev_major, st.Dev_minor = p.st.Ino, unix.Major(p.st.Dev), unix.Minor(p.st.Dev)
+		}
 	}
 	if err != nil {
 		return 0, err

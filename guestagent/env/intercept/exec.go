@@ -32,6 +32,7 @@ const (
 
 // tracee is a thread that the supervisor makes calls with.
 type tracee struct {
+	s     *Supervisor
 	tid   int
 	saved unix.PtraceRegs
 	mask  uint64
@@ -40,7 +41,7 @@ type tracee struct {
 // catch answers the pending call and stops the thread behind it. The calling
 // goroutine must be locked to a thread that has no other children.
 func (w *worker) catch() (*tracee, error) {
-	t := &tracee{tid: w.tid}
+	t := &tracee{s: w.s, tid: w.tid}
 	opts := uintptr(unix.PTRACE_O_EXITKILL | unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_TRACESYSGOOD)
 	if _, _, e := unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(t.tid), 0, opts, 0, 0); e != 0 {
 		return nil, unix.EPERM
@@ -86,6 +87,7 @@ func (t *tracee) wait() (int, error) {
 		case err != nil:
 			return 0, err
 		case ws.Exited() || ws.Signaled():
+			t.s.exits.Store(pid, ws)
 			return 0, unix.ESRCH
 		case !ws.Stopped():
 			continue
@@ -188,7 +190,7 @@ func (w *worker) chdir(addr uint64) (int64, error) {
 	}
 	return w.aside(func(c *worker) (int64, error) {
 		var fd int
-		err := c.asRoot(func() (err error) { fd, err = c.s.openDir(p.layer, p.virt); return err })
+		err := c.asRoot(func() (err error) { fd, err = c.s.openDir(p.fdLayer(), p.virt); return err })
 		if err != nil {
 			return 0, err
 		}
@@ -493,7 +495,7 @@ func (w *worker) givePath(p *place, f int) (int64, error) {
 		if p.virt == "/" {
 			name = "."
 		}
-		err := c.asRoot(func() (err error) { dir, err = c.s.openDir(p.layer, at); return err })
+		err := c.asRoot(func() (err error) { dir, err = c.s.openDir(p.fdLayer(), at); return err })
 		if err != nil {
 			return 0, err
 		}

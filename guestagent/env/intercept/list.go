@@ -176,7 +176,7 @@ func (w *worker) listPlace(p *place) ([]entry, error) {
 			if err != nil {
 				return err
 			}
-			if !p.below || s.opaque(p.virt) {
+			if !p.merged {
 				return nil
 			}
 		}
@@ -214,11 +214,8 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 	if p.layer == lower && p.dec.Outcome == table.Pass {
 		return 0, goOn
 	}
-	if p.layer == upper {
-		var st unix.Stat_t
-		if !p.below || s.lstat(lower, virt, &st) != nil {
-			return 0, goOn // the environment's alone
-		}
+	if p.layer == upper && !p.merged && !s.opaque(virt) {
+		return 0, goOn // the environment's alone
 	}
 	dir, err := w.getFD(fd)
 	if err != nil {
@@ -237,11 +234,9 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 			return 0, err
 		}
 		parent := p.st.Ino
-		var st unix.Stat_t
 		if q, err := w.walk("/", path.Dir(virt), walkOpts{}); err == nil && q.exists() {
-			st, parent = q.st, q.st.Ino
+			parent = q.st.Ino
 		}
-		_ = st
 		all = append(all, entry{".", p.st.Ino, unix.DT_DIR, 1}, entry{"..", parent, unix.DT_DIR, 2})
 		slices.SortFunc(all, func(a, b entry) int {
 			if a.pos != b.pos {

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -94,27 +95,72 @@ func Supervise(c Config) (int, error) {
 	for range max(2, runtime.NumCPU()) {
 		go s.serve()
 	}
+	return s.reap(pid)
+}
+
+// reap waits for the program and the orphans of the run. It does not wait for
+// whatever comes: that would take the stops of threads that others of this
+// process's threads trace.
+func (s *Supervisor) reap(pid int) (int, error) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return 0, fmt.Errorf("wait: %w", err)
+	}
+	defer unix.Close(pidfd)
 	code := -1
 	for {
-		var ws unix.WaitStatus
-		got, err := unix.Wait4(-1, &ws, unix.WALL|unix.WNOTHREAD, nil)
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err != nil:
-			if code < 0 {
+		if code < 0 {
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 250)
+			if err != nil && err != unix.EINTR {
 				return 0, fmt.Errorf("wait: %w", err)
 			}
-			return code, nil
-		case got == pid && ws.Exited():
-			code = ws.ExitStatus()
-		case got == pid && ws.Signaled():
-			code = 128 + int(ws.Signal())
+			if n == 1 {
+				var ws unix.WaitStatus
+				if got, err := unix.Wait4(pid, &ws, unix.WALL, nil); err != nil || got != pid {
+					// It ended while it was traced, and its tracer has its status.
+					ws = s.ended(pid)
+				}
+				code = ws.ExitStatus()
+				if ws.Signaled() {
+					code = 128 + int(ws.Signal())
+				}
+			}
 		}
 		if code >= 0 {
 			killChildren()
 		}
+		for {
+			var info unix.Siginfo
+			err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT|unix.WALL|unix.WNOTHREAD, nil)
+			if err == unix.ECHILD && code >= 0 {
+				return code, nil
+			}
+			child := *(*int32)(unsafe.Add(unsafe.Pointer(&info), 16))
+			if err != nil || child == 0 || int(child) == pid {
+				break
+			}
+			switch info.Code {
+			case 1, 2, 3: // CLD_EXITED, CLD_KILLED, CLD_DUMPED
+				_, _ = unix.Wait4(int(child), nil, unix.WALL|unix.WNOHANG, nil)
+				continue
+			}
+			break
+		}
+		if code >= 0 {
+			time.Sleep(time.Millisecond)
+		}
 	}
+}
+
+// ended is how a traced process ended.
+func (s *Supervisor) ended(pid int) unix.WaitStatus {
+	for range 100 {
+		if ws, ok := s.exits.Load(pid); ok {
+			return ws.(unix.WaitStatus)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return unix.WaitStatus(unix.SIGKILL)
 }
 
 // killChildren kills all children of this process. Their own become its children

@@ -33,6 +33,7 @@ type place struct {
 
 	whiteout bool // the environment has deleted it
 	below    bool // the base may have something of this name under what the environment has
+	merged   bool // a directory of both
 	parent   *dirState
 	slash    bool // the name ended in a slash
 }
@@ -61,6 +62,28 @@ type walkOpts struct {
 	root   string // names cannot leave it (openat2); "" is none
 	beyond bool   // leaving root is an error instead of being stopped at it
 	nolink bool   // symbolic links are errors
+}
+
+// merge finds whether a directory of the environment shows one of the base, too.
+// Then it has the identity of the base's, before and after it is changed:
+// programs that walk a tree compare it.
+func (s *Supervisor) merge(p *place) {
+	if p.layer != upper || !p.below || !p.isDir() {
+		return
+	}
+	var st unix.Stat_t
+	if s.lstat(lower, p.virt, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR || s.opaque(p.virt) {
+		return
+	}
+	p.merged, p.st.Dev, p.st.Ino = true, st.Dev, st.Ino
+}
+
+// fdLayer is the layer that descriptors of p come from.
+func (p *place) fdLayer() layer {
+	if p.merged {
+		return lower
+	}
+	return p.layer
 }
 
 func child(dir, name string) string {
@@ -116,6 +139,13 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 	}
 	full := name
 	if name[0] != '/' {
+		for o.root == "" && (name == ".." || strings.HasPrefix(name, "../")) {
+			// start has no links, and may be gone: its parent is there.
+			start, name = path.Dir(start), strings.TrimLeft(name[2:], "/")
+			if name == "" {
+				name = "."
+			}
+		}
 		full = child(start, name)
 	}
 	slash := strings.HasSuffix(name, "/") || name == "." || name == ".." || strings.HasSuffix(name, "/.") || strings.HasSuffix(name, "/..")
@@ -212,6 +242,7 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 		if err := w.look(p, dir, tab); err != nil {
 			return nil, err
 		}
+		s.merge(p)
 		if last {
 			p.slash = p.slash || slash
 		}
@@ -288,6 +319,7 @@ func (w *worker) finish(p *place, dir *dirState, tab *table.Table, o walkOpts) e
 	w.note(p.asked, o.typ, o.action, p.dec)
 	if dir.up && p.dec.Outcome != table.Pass && w.s.lstat(upper, p.virt, &p.st) == nil {
 		p.layer, p.below = upper, dir.down
+		w.s.merge(p)
 		return nil
 	}
 	if err := w.s.lstat(lower, p.virt, &p.st); err != nil {
@@ -360,10 +392,7 @@ func (s *Supervisor) enter(p *place, dir *dirState) *dirState {
 		d.down = true
 		return d
 	}
-	if p.below {
-		var st unix.Stat_t
-		d.down = s.lstat(lower, p.virt, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR && !s.opaque(p.virt)
-	}
+	d.down = p.merged
 	return d
 }
 

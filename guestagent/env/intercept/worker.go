@@ -46,6 +46,7 @@ type Supervisor struct {
 		pending map[int]bool      // threads whose execveat is the supervisor's
 	}
 	calls atomic.Int32 // how many are pending
+	exits sync.Map     // pid: wait status, of what ended while it was traced
 	lists lists
 }
 
