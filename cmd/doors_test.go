@@ -35,6 +35,8 @@ var doors = map[string][]string{
 	"balloon":              {"devices/...", "vmm/mem"},
 	"guestagent/proto":     {},
 	"guestagent":           {"guestagent/..."},
+	"guestagent/env":       {"guestagent/proto"},
+	"guestagent/env/table": {},
 	"snapshot":             {"vmm", "vmm/mem", "guestagent/proto"},
 	"scheduler":            {"scheduler/..."},
 	"cmd":                  {"..."},

@@ -56,7 +56,7 @@ var errUsage = errors.New("see gondola-agent env help")
 func Main(args []string) int {
 	code, err := command(args, os.Stdout)
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "gondola-agent env: %v\n", err)
+		fmt.Fprintf(os.Stderr, "gondola-env: %v\n", err)
 		if errors.Is(err, errUsage) {
 			return 2
 		}
@@ -85,7 +85,6 @@ func command(args []string, out io.Writer) (int, error) {
 			return 2, errUsage
 		}
 		runtime.GOMAXPROCS(runtime.NumCPU())
-		debug.SetGCPercent(100)
 		debug.SetMemoryLimit(256 << 20)
 		return supervise(args[0], args[1], args[2], args[3], args[5:])
 	}

@@ -33,7 +33,7 @@ func (e *Env) run(workdir string, args []string) (int, error) {
 	}
 	own := t.Decide(table.Request{Type: table.Hostname, Name: "hostname:", Action: table.Write}).Outcome == table.Environment
 	runtime.LockOSThread() // the supervisor dies with this thread
-	cmd := exec.Command("/proc/self/exe", append([]string{"env", superviseCommand, e.Store.Dir, e.Name, workdir, m.Hostname, "--"}, args...)...)
+	cmd := exec.Command("/proc/self/exe", append([]string{superviseCommand, e.Store.Dir, e.Name, workdir, m.Hostname, "--"}, args...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	intercept.Isolated(cmd, own)
 	sigs := make(chan os.Signal, 16)
@@ -188,7 +188,7 @@ func supervise(store, name, workdir, hostname string, args []string) (int, error
 	go e.follow(&live, r, stop)
 	code, err := intercept.Supervise(intercept.Config{
 		Store: e.Store.Dir, Dir: e.Dir, Args: args, Env: os.Environ(), WorkDir: workdir, Hostname: hostname,
-		Table: &live, Note: r.note, Enter: []string{"gondola-agent", "env", enterCommand},
+		Table: &live, Note: r.note, Enter: []string{"gondola-env", enterCommand},
 	})
 	return code, errors.Join(err, r.flush())
 }

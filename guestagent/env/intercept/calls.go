@@ -207,7 +207,7 @@ func (w *worker) room(p *place) error {
 	if dec.Outcome == table.Pass {
 		return unix.EROFS
 	}
-	w.note(p.asked, table.File, table.Create, dec)
+	w.note(p.virt, table.File, table.Create, dec)
 	if !p.parent.up {
 		if err := w.asRoot(func() error { return w.s.ensureDir(p.parent.virt) }); err != nil {
 			return err

@@ -25,7 +25,6 @@ const (
 // place is what a name leads to.
 type place struct {
 	virt  string // the canonical name in the environment, symbolic links followed
-	asked string // the name before links and redirections
 	layer layer
 	st    unix.Stat_t // of what is there, if anything is
 	dec   table.Decision
@@ -161,7 +160,6 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 		}
 		rest = full
 	}
-	asked := table.CleanPath(full)
 	dir := &dirState{virt: "/", up: true, down: true}
 	tab := s.live.Load()
 	links, redirects := 0, 0
@@ -169,7 +167,7 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 		rest = strings.TrimLeft(rest, "/")
 		if rest == "" {
 			// The directory itself: /, or what .. led to.
-			p := &place{virt: dir.virt, asked: asked, parent: dir.parent, slash: true}
+			p := &place{virt: dir.virt, parent: dir.parent, slash: true}
 			if dir.parent == nil {
 				p.parent = dir
 			}
@@ -208,7 +206,7 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 			case "self":
 				rest = strconv.Itoa(w.tgid()) + "/" + after
 				if last && !o.follow && after == "" {
-					p := &place{virt: next, asked: asked, layer: lower, parent: dir}
+					p := &place{virt: next, layer: lower, parent: dir}
 					p.dec = tab.Decide(table.Request{Type: table.File, Name: next, Action: o.action, Program: w.prog(tab)})
 					return p, s.lstat(lower, next, &p.st)
 				}
@@ -238,7 +236,7 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 			dir = &dirState{virt: "/", up: true, down: true}
 			continue
 		}
-		p := &place{virt: next, asked: asked, dec: dec, parent: dir, slash: last && (after != "" || strings.HasSuffix(rest, "/"))}
+		p := &place{virt: next, dec: dec, parent: dir, slash: last && (after != "" || strings.HasSuffix(rest, "/"))}
 		if err := w.look(p, dir, tab); err != nil {
 			return nil, err
 		}
@@ -250,7 +248,7 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 			if !last {
 				return nil, unix.ENOENT
 			}
-			w.note(p.asked, o.typ, o.action, dec)
+			w.note(p.virt, o.typ, o.action, dec)
 			return p, nil
 		}
 		if p.isLink() && (!last || o.follow || p.slash) {
@@ -265,12 +263,13 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 				if !last {
 					return nil, unix.ENOTDIR
 				}
-				found.asked, found.dec, found.parent = asked, dec, dir
+				found.dec, found.parent = dec, dir
 				return found, nil
 			}
 			if target == "" {
 				return nil, unix.ENOENT
 			}
+			w.note(p.virt, o.typ, table.Search, dec)
 			if target[0] == '/' {
 				if o.root != "" {
 					if o.beyond {
@@ -298,7 +297,7 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 			if o.root != "" && o.beyond && p.virt != o.root && !strings.HasPrefix(p.virt, strings.TrimSuffix(o.root, "/")+"/") {
 				return nil, unix.EXDEV
 			}
-			w.note(p.asked, o.typ, o.action, dec)
+			w.note(p.virt, o.typ, o.action, dec)
 			return p, nil
 		}
 		if err := w.mayEnter(p); err != nil {
@@ -316,7 +315,7 @@ func (w *worker) finish(p *place, dir *dirState, tab *table.Table, o walkOpts) e
 		w.note(p.virt, o.typ, o.action, p.dec)
 		return p.dec.Errno
 	}
-	w.note(p.asked, o.typ, o.action, p.dec)
+	w.note(p.virt, o.typ, o.action, p.dec)
 	if dir.up && p.dec.Outcome != table.Pass && w.s.lstat(upper, p.virt, &p.st) == nil {
 		p.layer, p.below = upper, dir.down
 		w.s.merge(p)
