@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -373,6 +374,105 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
+// BenchmarkEnv measures calls on the base, in an environment, under proot and on
+// an overlay mount that holds the same tree.
+func BenchmarkEnv(b *testing.B) {
+	dir, err := os.MkdirTemp(".", ".test-")
+	require.NoError(b, err)
+	b.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir, err = filepath.Abs(dir)
+	require.NoError(b, err)
+	prog := filepath.Join(dir, "helper")
+	exe, err := os.ReadFile("/proc/self/exe")
+	require.NoError(b, err)
+	require.NoError(b, os.WriteFile(prog, exe, 0o755))
+	tree := filepath.Join(dir, "tree")
+	require.NoError(b, os.MkdirAll(filepath.Join(tree, "a/b/many"), 0o755))
+	for i := range 1000 {
+		require.NoError(b, os.WriteFile(filepath.Join(tree, "a/b/many", fmt.Sprint(i)), []byte("text"), 0o644))
+	}
+	store := Store{filepath.Join(dir, "envs")}
+	_, err = store.Create("bench", "", nil)
+	require.NoError(b, err)
+	over := filepath.Join(dir, "over")
+	for _, d := range []string{over, dir + "/up", dir + "/work"} {
+		require.NoError(b, os.Mkdir(d, 0o755))
+	}
+	mounted := unix.Mount("overlay", over, "overlay", 0, "lowerdir="+tree+",upperdir="+dir+"/up,workdir="+dir+"/work") == nil
+	if mounted {
+		b.Cleanup(func() { _ = unix.Unmount(over, unix.MNT_DETACH) })
+	}
+	for _, what := range []string{"stat", "open", "readdir", "execve", "read"} {
+		for _, where := range []struct {
+			name, tree string
+			command    []string
+		}{
+			{"base", tree, nil},
+			{"overlay", over, nil},
+			{"env", tree, []string{"/proc/self/exe", "run", "--dir", "/", "bench", "--"}},
+			{"proot", tree, []string{"proot", "-b", tree + ":/mnt"}},
+		} {
+			b.Run(what+"/"+where.name, func(b *testing.B) {
+				if where.name == "overlay" && !mounted {
+					b.Fatal("no overlay mount: root is needed")
+				}
+				args := append(append([]string{}, where.command...), prog, "helper", "bench", what, where.tree, fmt.Sprint(b.N))
+				cmd := exec.Command(args[0], args[1:]...)
+				cmd.Env = append(os.Environ(), StoreVariable+"="+store.Dir)
+				cmd.Stderr = os.Stderr
+				out, err := cmd.Output()
+				require.NoError(b, err, string(out))
+				var ns float64
+				_, err = fmt.Sscan(string(out), &ns)
+				require.NoError(b, err)
+				b.ReportMetric(ns, "ns/call")
+				b.ReportMetric(0, "ns/op")
+			})
+		}
+	}
+}
+
+// bench performs calls and prints the nanoseconds of one.
+func bench(what, tree string, n int) int {
+	file := tree + "/a/b/many/500"
+	fd, err := unix.Open(file, unix.O_RDONLY, 0)
+	if err != nil {
+		return 1
+	}
+	var st unix.Stat_t
+	buf := make([]byte, 32<<10)
+	start := time.Now()
+	for range n {
+		switch what {
+		case "stat":
+			err = unix.Stat(file, &st)
+		case "open":
+			var f int
+			if f, err = unix.Open(file, unix.O_RDONLY, 0); err == nil {
+				unix.Close(f)
+			}
+		case "readdir":
+			var f int
+			if f, err = unix.Open(tree+"/a/b/many", unix.O_RDONLY, 0); err == nil {
+				for m := 1; m > 0 && err == nil; {
+					m, err = unix.Getdents(f, buf)
+				}
+				unix.Close(f)
+			}
+		case "execve":
+			err = exec.Command("/bin/true").Run()
+		case "read":
+			_, err = unix.Pread(fd, buf[:4], 0)
+		}
+		if err != nil {
+			fmt.Println(err)
+			return 1
+		}
+	}
+	fmt.Println(float64(time.Since(start).Nanoseconds()) / float64(n))
+	return 0
+}
+
 func FuzzUnpack(f *testing.F) {
 	f.Add([]byte("\x28\xb5\x2f\xfd\x00\x00\x01\x00\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -471,6 +571,9 @@ func helper(args []string) int {
 		return race(args[1])
 	case "escape":
 		return escape(args[1])
+	case "bench":
+		n, _ := strconv.Atoi(args[3])
+		return bench(args[1], args[2], n)
 	}
 	return 0
 }

@@ -237,7 +237,9 @@ func (e *Env) lock(how int) (*os.File, error) {
 
 // save writes a file so that after a crash there is the old one or the new one,
 // whole.
-func save(path string, b []byte) error {
+func save(path string, b []byte) error { return write(path, b, true) }
+
+func write(path string, b []byte, sync bool) error {
 	f, err := os.CreateTemp(filepath.Dir(path), ".save-")
 	if err != nil {
 		return err
@@ -247,7 +249,7 @@ func save(path string, b []byte) error {
 	if err == nil {
 		err = f.Chmod(0o644)
 	}
-	if err == nil {
+	if err == nil && sync {
 		err = f.Sync()
 	}
 	if e := f.Close(); err == nil {
@@ -256,7 +258,7 @@ func save(path string, b []byte) error {
 	if err == nil {
 		err = os.Rename(f.Name(), path)
 	}
-	if err != nil {
+	if err != nil || !sync {
 		return err
 	}
 	return syncDir(filepath.Dir(path))
@@ -351,7 +353,7 @@ type entryKey struct{ name, typ, action, outcome, program string }
 // Catalog reads the catalogue, by name.
 func (e *Env) Catalog() ([]Entry, error) {
 	b, err := os.ReadFile(filepath.Join(e.Dir, catalogFile))
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(b) == 0 {
 		return nil, nil
 	}
 	if err != nil {
@@ -406,7 +408,8 @@ func (e *Env) addCatalog(more map[entryKey]*Entry) error {
 	if err != nil {
 		return err
 	}
-	return save(filepath.Join(e.Dir, catalogFile), b)
+	// Not synchronized: what a power cut takes from the counts is seen again.
+	return write(filepath.Join(e.Dir, catalogFile), b, false)
 }
 
 // volatile names change from run to run; their directory stands for them.
