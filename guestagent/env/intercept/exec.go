@@ -622,6 +622,7 @@ func (w *worker) execute(im *image, argv, envp uint64) error {
 		if !executed {
 			return fail(result, nil)
 		}
+		w.s.execs.Add(1)
 		var st unix.Stat_t
 		if unix.Stat("/proc/"+itoa(t.tid)+"/exe", &st) != nil || st.Dev != im.p.st.Dev || st.Ino != im.p.st.Ino {
 			// Somebody changed the name behind the decision.

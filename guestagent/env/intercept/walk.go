@@ -165,6 +165,10 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 	links, redirects := 0, 0
 	for {
 		rest = strings.TrimLeft(rest, "/")
+		if p := w.straight(dir, rest, tab, &o); p != nil {
+			w.note(p.virt, o.typ, o.action, p.dec)
+			return p, nil
+		}
 		if rest == "" {
 			// The directory itself: /, or what .. led to.
 			p := &place{virt: dir.virt, parent: dir.parent, slash: true}
@@ -306,6 +310,35 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 		dir = s.enter(p, dir)
 		rest = after
 	}
+}
+
+// straight is the short way: below a directory that is the base's alone, and where
+// no entry or rule makes a difference, the kernel walks the rest in one call, if
+// there are no links. nil means that it must be walked by steps.
+func (w *worker) straight(dir *dirState, rest string, tab *table.Table, o *walkOpts) *place {
+	if dir.up || !dir.down || o.root != "" || strings.HasSuffix(rest, "/") || strings.Count(rest, "/") < 2 || strings.HasPrefix(dir.virt, "/proc") {
+		return nil
+	}
+	virt := child(dir.virt, rest)
+	if len(virt) > table.MaxName || table.CleanPath(virt) != virt || tab.Below(dir.virt) || w.s.hidden(virt) || strings.HasSuffix(virt, opaqueName) {
+		return nil
+	}
+	p := &place{virt: virt, layer: lower}
+	p.dec = tab.Decide(table.Request{Type: o.typ, Name: virt, Action: o.action, Program: w.prog(tab)})
+	if p.dec.Outcome != table.Base || p.dec.Name != virt {
+		return nil
+	}
+	fd, err := w.s.openLower(virt, unix.O_PATH|unix.O_NOFOLLOW)
+	if err != nil {
+		return nil
+	}
+	err = unix.Fstat(fd, &p.st)
+	unix.Close(fd)
+	if err != nil || p.isLink() {
+		return nil
+	}
+	p.parent = &dirState{virt: path.Dir(virt), down: true}
+	return p
 }
 
 // finish fills in the place of a directory that was reached by .. or is /.

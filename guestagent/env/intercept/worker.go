@@ -46,6 +46,7 @@ type Supervisor struct {
 		pending map[int]bool      // threads whose execveat is the supervisor's
 	}
 	calls atomic.Int32 // how many are pending
+	execs atomic.Int64 // programs executed so far
 	exits sync.Map     // pid: wait status, of what ended while it was traced
 	lists lists
 }
@@ -54,11 +55,16 @@ type devIno struct{ dev, ino uint64 }
 
 // worker is a thread that answers calls, one at a time.
 type worker struct {
-	s        *Supervisor
-	n        notif
-	tid      int
-	group    int // thread group of tid, 0 if not asked yet
-	program  string
+	s       *Supervisor
+	n       notif
+	tid     int
+	group   int // thread group of tid, 0 if not asked yet
+	program string
+	recent  struct {
+		tid, uses int
+		execs     int64
+		program   string
+	}
 	switched bool // this thread has the program's credentials
 }
 
@@ -200,9 +206,20 @@ func (w *worker) programName() string {
 }
 
 func (w *worker) note(name string, t table.Type, a table.Action, d table.Decision) {
-	if w.s.note != nil {
-		w.s.note(w.programName(), name, t, a, d)
+	if w.s.note == nil {
+		return
 	}
+	// For the record alone, the program of a moment ago will do, unless one was
+	// executed since.
+	if n := w.s.execs.Load(); w.program == "" && (w.recent.tid != w.tid || w.recent.execs != n || w.recent.uses > 100) {
+		w.recent.tid, w.recent.execs, w.recent.uses, w.recent.program = w.tid, n, 0, w.programName()
+	}
+	w.recent.uses++
+	program := w.program
+	if program == "" {
+		program = w.recent.program
+	}
+	w.s.note(program, name, t, a, d)
 }
 
 // tgid is the thread group of the program.
