@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -279,6 +280,42 @@ func TestEscapes(t *testing.T) {
 	e := w.create("escape", "")
 	out, err := w.run(e, w.self(), "helper", "escape", w.base)
 	require.NoError(t, err, out)
+}
+
+// TestCredentials: a program that has given its rights up has no more in an
+// environment than outside.
+func TestCredentials(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("this test needs root")
+	}
+	w := newWorld(t)
+	require.NoError(t, os.WriteFile(filepath.Join(w.base, "secret"), []byte("s"), 0o600))
+	w.sum = hashTree(t, w.base)
+	e := w.create("cred", "")
+	out, err := w.run(e, "/bin/sh", "-c", `mkdir -m 777 pub; setpriv --reuid 65534 --regid 65534 --clear-groups sh -c '
+		cat secret; echo x > a; rm -f b; rm -rf d; mv b pub/; chmod 777 secret; touch none; touch pub/mine; cat a; stat -c "%u %n" pub/mine' 2>/dev/null
+		ls; stat -c %a secret`)
+	require.NoError(t, err, out)
+	assert.Equal(t, "a\n65534 pub/mine\na\nb\nconf\nd\ndirlink\nlink\npub\nscript\nsecret\n600\n", out)
+}
+
+// TestLiveTable changes the table under a running program.
+func TestLiveTable(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("live", "")
+	cmd := w.command(e, "/bin/sh", "-c", "cat a; echo; while cat a >/dev/null 2>&1; do sleep 0.05; done; echo hidden")
+	out, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	timer := time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() })
+	defer timer.Stop()
+	_, err = out.Read(make([]byte, 2))
+	require.NoError(t, err)
+	require.NoError(t, w.store.cli(t, "add", "live", w.base+"/a"))
+	rest, err := io.ReadAll(out)
+	require.NoError(t, err)
+	require.NoError(t, cmd.Wait())
+	assert.Equal(t, "hidden", strings.TrimSpace(string(rest)))
 }
 
 func TestSupervisorKilled(t *testing.T) {

@@ -157,8 +157,13 @@ func (p *packer) add(file, name string) error {
 		h.Typeflag = tar.TypeChar
 	case unix.S_IFBLK:
 		h.Typeflag = tar.TypeBlock
+	case unix.S_IFSOCK:
+		if !intercept.IsWhiteout(&st) {
+			return nil // a socket means nothing elsewhere
+		}
+		h.Typeflag, h.Mode, st.Rdev = tar.TypeChar, 0, 0
 	default:
-		return nil // a socket means nothing elsewhere
+		return nil
 	}
 	h.Devmajor, h.Devminor = int64(unix.Major(st.Rdev)), int64(unix.Minor(st.Rdev))
 	if st.Nlink > 1 && h.Typeflag != tar.TypeDir {
@@ -348,6 +353,9 @@ func (u *unpacker) one(h *tar.Header, name string) error {
 			return err
 		}
 	case tar.TypeChar, tar.TypeBlock:
+		if h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0 {
+			return intercept.MakeWhiteout(d, base)
+		}
 		mode := uint32(unix.S_IFCHR)
 		if h.Typeflag == tar.TypeBlock {
 			mode = unix.S_IFBLK

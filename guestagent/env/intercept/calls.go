@@ -272,6 +272,8 @@ func (w *worker) mknod(dirfd int32, addr uint64, mode uint32, dev uint64) (int64
 		if uint32(dev) == 0 {
 			return 0, unix.EPERM // it would be a whiteout
 		}
+	case unix.S_IFSOCK:
+		mode &^= 0o7000 // nor this
 	case unix.S_IFDIR:
 		return 0, unix.EPERM
 	}
@@ -869,7 +871,7 @@ func (w *worker) remove(p *place) error {
 
 // putWhiteoutNew puts a whiteout where the environment has nothing.
 func (s *Supervisor) putWhiteoutNew(virt string) error {
-	return s.in(virt, func(d int, n string) error { return unix.Mknodat(d, n, unix.S_IFCHR, 0) })
+	return s.in(virt, func(d int, n string) error { return MakeWhiteout(d, n) })
 }
 
 // maySticky checks the right to remove p from its directory.
@@ -1031,7 +1033,7 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 						if err := unix.Renameat(d, n, d2, n2); err != nil {
 							return err
 						}
-						return unix.Mknodat(d, n, unix.S_IFCHR, 0)
+						return MakeWhiteout(d, n)
 					}
 					return unix.Renameat(d, n, d2, n2)
 				})
@@ -1064,6 +1066,9 @@ func (w *worker) chmod(dirfd int32, addr uint64, mode uint32, flags uint64) (int
 	p, err := w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0, action: table.Write})
 	if err == nil && p.isLink() {
 		return 0, unix.EOPNOTSUPP
+	}
+	if err == nil && p.st.Mode&unix.S_IFMT == unix.S_IFSOCK {
+		mode &= 0o777 // it would be a whiteout
 	}
 	return w.modify(p, err, func(path string) error { return unix.Chmod(path, mode&0o7777) })
 }

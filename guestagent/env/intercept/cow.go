@@ -279,7 +279,7 @@ func errnoOf(err error) error {
 // putWhiteout puts a whiteout where virt is, in one step.
 func (s *Supervisor) putWhiteout(virt string, isDir bool) error {
 	tmp := s.tempName()
-	if err := unix.Mknodat(s.workFD, tmp, unix.S_IFCHR, 0); err != nil {
+	if err := MakeWhiteout(s.workFD, tmp); err != nil {
 		return err
 	}
 	err := s.in(virt, func(dir int, name string) error {

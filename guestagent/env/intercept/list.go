@@ -163,7 +163,7 @@ func (w *worker) listPlace(p *place) ([]entry, error) {
 					return
 				}
 				seen[name] = true
-				if typ == unix.DT_CHR {
+				if typ == unix.DT_CHR || typ == unix.DT_SOCK {
 					var st unix.Stat_t
 					if s.lstat(upper, child(p.virt, name), &st) == nil && isWhiteout(&st) {
 						return

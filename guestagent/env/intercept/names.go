@@ -206,7 +206,7 @@ func (w *worker) sendto(fd int32, data, size uint64, flags int, addr uint64, add
 		return 0, unix.EMSGSIZE
 	}
 	sa, buf := make([]byte, addrlen), make([]byte, size)
-	if err := w.read(addr, sa); err == nil {
+	if err = w.read(addr, sa); err == nil {
 		err = w.read(data, buf)
 	}
 	if err != nil {

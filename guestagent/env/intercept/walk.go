@@ -112,10 +112,28 @@ func (s *Supervisor) rootFD(l layer) int {
 }
 
 // isWhiteout says whether an object of the environment's tree stands for a
-// deletion: a character device 0:0, as overlayfs has it.
+// deletion: a character device 0:0, as overlayfs has it, or, where the tree lies on
+// an overlay itself and cannot have one, a socket of mode 7000.
 func isWhiteout(st *unix.Stat_t) bool {
-	return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0
+	return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0 || st.Mode == whiteoutSocket
 }
+
+const whiteoutSocket = unix.S_IFSOCK | 0o7000
+
+// MakeWhiteout makes a whiteout.
+func MakeWhiteout(dir int, name string) error {
+	err := unix.Mknodat(dir, name, unix.S_IFCHR, 0)
+	if err != unix.EPERM {
+		return err
+	}
+	if err := unix.Mknodat(dir, name, unix.S_IFSOCK, 0); err != nil {
+		return err
+	}
+	return unix.Fchmodat(dir, name, 0o7000, 0)
+}
+
+// IsWhiteout says whether a file of an environment's tree is a whiteout.
+func IsWhiteout(st *unix.Stat_t) bool { return isWhiteout(st) }
 
 // opaqueName is the file that hides the base's directory behind one of the
 // environment's. Programs can neither see nor make it.
