@@ -186,8 +186,7 @@ func ParseTemplate(s string, p Pattern) (Template, error) {
 
 func (t Template) String() string { return t.text }
 
-// Expand makes the name. The captures cannot bring ".." in: they come from
-// canonical names.
+// Expand makes the name, in its canonical form.
 func (t Template) Expand(name string, captures []string) string {
 	var b strings.Builder
 	for i := 0; i < len(t.text); i++ {
@@ -215,14 +214,15 @@ func (t Template) Expand(name string, captures []string) string {
 // capture becomes as wide a wildcard as its own.
 func (t Template) pattern(from Pattern) []string {
 	var wild []string
+	var whole []bool // the capture is a component: not empty, not "." or ".."
 	for _, c := range from.parts {
 		if c == "**" {
-			wild = append(wild, "**")
+			wild, whole = append(wild, "**"), append(whole, false)
 			continue
 		}
 		for i := range len(c) {
 			if c[i] == '*' || c[i] == '?' {
-				wild = append(wild, "*")
+				wild, whole = append(wild, "*"), append(whole, len(c) == 1)
 			}
 		}
 	}
@@ -232,13 +232,20 @@ func (t Template) pattern(from Pattern) []string {
 			continue
 		}
 		var b strings.Builder
-		wide := false
+		wide, solid, some := false, false, false
 		for i := 0; i < len(part); i++ {
 			if part[i] != '$' {
 				b.WriteByte(part[i])
+				solid = solid || part[i] != '.'
 				continue
 			}
 			i++
+			if n := int(part[i] - '0'); part[i] == '$' {
+				solid = true
+			} else if n > 0 && wild[n-1] != "**" {
+				some = true
+				solid = solid || whole[n-1]
+			}
 			if part[i] == '$' {
 				b.WriteByte('$')
 			} else if n, _ := strconv.Atoi(part[i : i+1]); n == 0 || wild[n-1] == "**" {
@@ -247,8 +254,8 @@ func (t Template) pattern(from Pattern) []string {
 				b.WriteByte('*')
 			}
 		}
-		if part == ".." {
-			return []string{"**"}
+		if t.text[0] == '/' && (part == ".." || some && !solid) {
+			return []string{"**"} // it may become nothing, or lead up
 		}
 		if wide {
 			out = append(out, "**") // wider than needed where text stands beside it
