@@ -24,6 +24,7 @@ deps: ## install what builds and tests need (Debian packages)
 build: deps ## build bin/gondola with the guest agent inside
 	@mkdir -p $(BIN)
 	@$(GO) build -trimpath -ldflags '-s -w' -o cmd/gondola/agentbin/gondola-agent ./cmd/gondola-agent
+	@$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/gondola-env ./cmd/gondola-env
 	@$(GO) build -trimpath -tags embed_agent -ldflags '$(LDFLAGS)' -o $(BIN)/gondola ./cmd/gondola
 	@echo "built $(BIN)/gondola"
 

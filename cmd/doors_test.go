@@ -36,6 +36,8 @@ var doors = map[string][]string{
 	"balloon/policy":       {},
 	"guestagent/proto":     {},
 	"guestagent":           {"guestagent/...", "snapshot/ports"},
+	"guestagent/env":       {"guestagent/proto"},
+	"guestagent/env/table": {},
 	"snapshot":             {"vmm", "vmm/mem", "guestagent/proto"},
 	"snapshot/auth":        {},
 	"snapshot/ports":       {"guestagent/proto"},

@@ -13,10 +13,12 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"runtime"
 	"runtime/debug"
 	"strings"
+	"syscall"
 
 	"github.com/gondola-vmm/gondola/guestagent/helper"
 	"github.com/gondola-vmm/gondola/guestagent/initd"
@@ -36,6 +38,7 @@ const usage = `usage: gondola-agent COMMAND
   vmstate ...      save and restore this machine, hear what became of it (also
                    when started under that name); --help tells the commands
   info             print what the agent knows of this system
+  env COMMAND      environments: programs with names of their own (env help)
   version          print the version
 `
 
@@ -73,6 +76,8 @@ func command(args []string) int {
 		return cli.Main(args[1:], os.Stdin, os.Stdout, os.Stderr)
 	case len(args) == 1 && args[0] == "info":
 		err = initd.PrintInfo(os.Stdout, "gondola-agent "+version)
+	case len(args) >= 1 && args[0] == "env":
+		err = envTool(args[1:])
 	case len(args) == 1 && args[0] == "version":
 		_, err = os.Stdout.WriteString("gondola-agent " + version + "\n")
 	default:
@@ -84,4 +89,19 @@ func command(args []string) int {
 		return 1
 	}
 	return 0
+}
+
+// envTool becomes gondola-env: beside this program, or where it is installed.
+func envTool(args []string) error {
+	const name = "gondola-env"
+	places := []string{"/usr/lib/gondola/" + name, "/usr/local/bin/" + name, "/usr/bin/" + name, "/bin/" + name}
+	if self, err := os.Executable(); err == nil {
+		places = append([]string{self[:strings.LastIndexByte(self, '/')+1] + name}, places...)
+	}
+	for _, p := range places {
+		if err := syscall.Exec(p, append([]string{name}, args...), os.Environ()); err != syscall.ENOENT {
+			return errors.New(p + ": " + err.Error())
+		}
+	}
+	return errors.New(name + " is not installed: copy it beside gondola-agent or to /usr/bin")
 }

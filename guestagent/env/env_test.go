@@ -1,0 +1,761 @@
+//go:build linux && amd64
+
+package env
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// The test binary is gondola-env, and the programs that run in environments.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case superviseCommand, enterCommand, "run":
+			os.Exit(Main(os.Args[1:]))
+		case "helper":
+			os.Exit(helper(os.Args[2:]))
+		}
+	}
+	os.Exit(m.Run())
+}
+
+// world is a base of its own to look at, and a store.
+type world struct {
+	t     *testing.T
+	base  string
+	store Store
+	sum   string
+}
+
+func newWorld(t *testing.T) *world {
+	// Not below /tmp, which is every environment's own.
+	dir, err := os.MkdirTemp(".", ".test-")
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, os.RemoveAll(dir)) })
+	dir, err = filepath.Abs(dir)
+	require.NoError(t, err)
+	require.NoError(t, os.Chmod(dir, 0o755))
+	w := &world{t: t, base: filepath.Join(dir, "base"), store: Store{filepath.Join(dir, "envs")}}
+	for name, text := range map[string]string{"a": "a\n", "b": "b\n", "d/x": "x\n", "d/y": "y\n", "d/deep/er/z": "z\n", "conf/app": "one\n", "script": "#!/bin/sh -e\necho \"$0 $1\"\n"} {
+		p := filepath.Join(w.base, name)
+		require.NoError(t, os.MkdirAll(filepath.Dir(p), 0o755))
+		require.NoError(t, os.WriteFile(p, []byte(text), 0o644))
+	}
+	require.NoError(t, os.Chmod(filepath.Join(w.base, "script"), 0o755))
+	require.NoError(t, os.Symlink("a", filepath.Join(w.base, "link")))
+	require.NoError(t, os.Symlink(w.base+"/d", filepath.Join(w.base, "dirlink")))
+	w.sum = hashTree(t, w.base)
+	t.Cleanup(func() { assert.Equal(t, w.sum, hashTree(t, w.base), "the base was changed") })
+	return w
+}
+
+// hashTree covers names, properties, times and contents.
+func hashTree(t *testing.T, dir string) string {
+	h := sha256.New()
+	require.NoError(t, filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(p, &st); err != nil {
+			return err
+		}
+		fmt.Fprintln(h, p, st.Mode, st.Uid, st.Gid, st.Size, st.Ino, st.Nlink, st.Mtim, st.Ctim)
+		if d.Type().IsRegular() {
+			b, err := os.ReadFile(p)
+			h.Write(b)
+			return err
+		}
+		return nil
+	}))
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+func (w *world) create(name, table string) *Env {
+	w.t.Helper()
+	var text []byte
+	if table != "" {
+		text = []byte(table)
+	}
+	e, err := w.store.Create(name, "", text)
+	require.NoError(w.t, err)
+	return e
+}
+
+func (w *world) command(e *Env, args ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", append([]string{"run", "--dir", w.base, e.Name, "--"}, args...)...)
+	cmd.Env = append(os.Environ(), StoreVariable+"="+w.store.Dir)
+	return cmd
+}
+
+func (w *world) run(e *Env, args ...string) (string, error) {
+	cmd := w.command(e, args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	require.NoError(w.t, cmd.Start())
+	timer := time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() })
+	defer timer.Stop()
+	err := cmd.Wait()
+	return out.String(), err
+}
+
+// sh runs a script that must succeed.
+func (w *world) sh(e *Env, script string) string {
+	w.t.Helper()
+	out, err := w.run(e, "/bin/sh", "-c", script)
+	require.NoError(w.t, err, out)
+	return out
+}
+
+// self is this program where environments see it.
+func (w *world) self() string {
+	p, err := os.Executable()
+	require.NoError(w.t, err)
+	to := filepath.Join(filepath.Dir(w.base), "helper")
+	if _, err := os.Stat(to); err == nil {
+		return to
+	}
+	b, err := os.ReadFile(p)
+	require.NoError(w.t, err)
+	require.NoError(w.t, os.WriteFile(to, b, 0o755))
+	return to
+}
+
+func TestCopyOnWrite(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("cow", "")
+	for _, c := range []struct{ script, want string }{
+		{"echo more >> a; cat a", "a\nmore\n"},
+		{"cat a link", "a\nmore\na\nmore\n"},
+		{"rm b; ls b 2>/dev/null || echo gone", "gone\n"},
+		{"ls", "a\nconf\nd\ndirlink\nlink\nscript\n"},
+		{"rm -r d; ls -d d 2>/dev/null || echo gone; mkdir d; ls -A d; echo n > d/n; ls d", "gone\nn\n"},
+		{"ls dirlink/", "n\n"},
+		{"mv a c; cat c; ls a 2>/dev/null || echo gone", "a\nmore\ngone\n"},
+		{"echo again > a; cat a", "again\n"},
+		{"mv conf conf2; cat conf2/app; ls conf 2>/dev/null || echo gone", "one\ngone\n"},
+		{"ln c hard; echo x >> hard; tail -n1 c; stat -c %h c", "x\n2\n"},
+		{"chmod 600 script; stat -c %a script", "600\n"},
+		{"mkdir -p new/dir; echo 1 > new/dir/f; mv new old; cat old/dir/f; rmdir old 2>/dev/null || echo full", "1\nfull\n"},
+		{"ln -s /nowhere dangling; readlink dangling; cat dangling 2>/dev/null || echo none", "/nowhere\nnone\n"},
+		{"mkfifo p; (echo through > p) & cat p; wait", "through\n"},
+		{"truncate -s 5 hard; stat -c %s c", "5\n"},
+		{"cd d; pwd -P; cd ..; pwd -P", w.base + "/d\n" + w.base + "\n"},
+		{"cd old/dir && cat ../dir/f && cat ../../c | head -c1", "1\na"},
+		{"touch -d @1000 c; stat -c %Y c", "1000\n"},
+	} {
+		assert.Equal(t, c.want, w.sh(e, c.script), c.script)
+	}
+	assert.Equal(t, "cow", e.Name)
+}
+
+func TestScriptsAndNames(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("exec", "")
+	assert.Equal(t, "./script two\n", w.sh(e, "./script two"))
+	assert.Equal(t, w.base+"/script 1\n", w.sh(e, w.base+"/script 1"))
+	assert.Equal(t, w.base+"\n", w.sh(e, "readlink /proc/self/cwd"))
+	assert.NotContains(t, w.sh(e, "cp /bin/cat mycat; ./mycat /proc/self/maps; readlink /proc/self/exe; find . | ./mycat"), w.store.Dir)
+	assert.Equal(t, "mycat\n"+w.base+"/rl\n", w.sh(e, "./mycat /proc/self/comm; cp $(command -v readlink) rl; ./rl /proc/self/exe"))
+	out, err := w.run(e, "./nothere")
+	assert.Equal(t, 127, err.(*exec.ExitError).ExitCode(), out)
+	_, err = w.run(e, "/bin/sh", "-c", "kill -TERM $$")
+	assert.Equal(t, 128+15, err.(*exec.ExitError).ExitCode())
+	// A program that does not read what it was given any more.
+	out, err = w.run(e, "/bin/sh", "-c", "echo '#!/nowhere/sh' > bad; chmod +x bad; ./bad")
+	assert.Error(t, err, out)
+}
+
+func TestWeightsAndRules(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("rules", fmt.Sprintf(`
+version: 1
+default: base
+fet: [/, %[1]s/conf/app]
+fit: [%[1]s/d, %[1]s/conf]
+rules:
+  - {name: %[1]s/b, refuse: EACCES}
+  - {name: %[1]s/a, action: [write, delete], refuse: EPERM}
+  - {name: "%[1]s/redirected/**", redirect: "%[1]s/d/$1"}
+  - {name: "%[1]s/script", pass: true}
+  - {name: "/dev/**", pass: true}
+  - {name: "/proc/**", pass: true}
+`, w.base))
+	assert.Equal(t, "", w.sh(e, "ls d"))
+	assert.Equal(t, "n\n", w.sh(e, "echo n > d/n; cat redirected/n"))
+	assert.Equal(t, "app\n", w.sh(e, "ls conf"))
+	assert.Equal(t, "one\n", w.sh(e, "cat conf/app"))
+	out, _ := w.run(e, "/bin/sh", "-c", "cat b; cat a; echo x >> a; rm -f a; echo x >> script; rm -f script; cat a")
+	assert.Contains(t, out, "b: Permission denied")
+	assert.Contains(t, out, "Operation not permitted")
+	assert.Contains(t, out, "Read-only file system")
+	assert.Equal(t, 2, strings.Count(out, "a\n"), out)
+	// Live: the next call sees it.
+	require.NoError(t, e.Store.cli(t, "add", "rules", w.base+"/a"))
+	var text bytes.Buffer
+	require.NoError(t, e.explain(&text, w.base+"/d/x", "", "read", ""))
+	assert.Contains(t, text.String(), "outcome   environment")
+	assert.Contains(t, text.String(), "real name "+e.Dir+"/root"+w.base+"/d/x")
+	list, err := e.Catalog()
+	require.NoError(t, err)
+	refused := false
+	for _, x := range list {
+		refused = refused || x.Name == w.base+"/b" && x.Outcome == "refuse" && x.Count > 0 && x.Program != ""
+	}
+	assert.True(t, refused)
+}
+
+func (s Store) cli(t *testing.T, args ...string) error {
+	t.Setenv(StoreVariable, s.Dir)
+	_, err := command(args, os.Stderr)
+	return err
+}
+
+func TestEnvironmentsAreApart(t *testing.T) {
+	w := newWorld(t)
+	one, two := w.create("one", ""), w.create("two", "")
+	w.sh(one, "echo 1 > a; echo t > /tmp/only-one")
+	w.sh(two, "echo 2 > a")
+	assert.Equal(t, "1\n", w.sh(one, "cat a"))
+	assert.Equal(t, "2\n", w.sh(two, "cat a; ls /tmp"))
+	assert.Equal(t, "no\n", w.sh(two, "ls "+one.Dir+" 2>/dev/null || echo no"))
+	assert.Equal(t, "no\n", w.sh(two, "cat "+one.Dir+"/root"+w.base+"/a 2>/dev/null || echo no"))
+	out, err := w.run(one, w.self(), "helper", "names", "create")
+	require.NoError(t, err, out)
+	out, err = w.run(one, w.self(), "helper", "names", "find")
+	require.NoError(t, err, out)
+	assert.Equal(t, "mq shm", strings.TrimSpace(out))
+	out, err = w.run(two, w.self(), "helper", "names", "find")
+	require.NoError(t, err, out)
+	assert.Equal(t, "", strings.TrimSpace(out))
+	out, err = w.run(one, w.self(), "helper", "names", "remove")
+	require.NoError(t, err, out)
+	out, err = w.run(one, w.self(), "helper", "sockets", w.base)
+	require.NoError(t, err, out)
+}
+
+func TestBigDirectory(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, os.Mkdir(filepath.Join(w.base, "many"), 0o755))
+	for i := range 5000 {
+		require.NoError(t, os.WriteFile(filepath.Join(w.base, "many", fmt.Sprintf("file%d", i)), nil, 0o644))
+	}
+	w.sum = hashTree(t, w.base)
+	e := w.create("big", "")
+	assert.Equal(t, "5000 4999\n", w.sh(e, "touch many/zz; rm many/file77 many/file78; touch many/file77; echo $(ls many | sort -u | wc -l) $(ls many | grep -c file)"))
+	assert.Equal(t, "gone\n", w.sh(e, "rm -r many; ls -d many 2>/dev/null || echo gone"))
+}
+
+// TestRaces lets threads change names under the supervisor's eyes.
+func TestRaces(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("race", fmt.Sprintf("version: 1\nfet: [/]\nfit: [/tmp]\nrules:\n- {name: %[1]s/b, refuse: EACCES}\n- {name: /dev/**, pass: true}\n- {name: /proc/**, pass: true}\n", w.base))
+	out, err := w.run(e, w.self(), "helper", "race", w.base)
+	require.NoError(t, err, out)
+	assert.Contains(t, out, "never read")
+}
+
+func TestEscapes(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("escape", "")
+	out, err := w.run(e, w.self(), "helper", "escape", w.base)
+	require.NoError(t, err, out)
+}
+
+// TestCredentials: a program that has given its rights up has no more in an
+// environment than outside.
+func TestCredentials(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("this test needs root")
+	}
+	w := newWorld(t)
+	require.NoError(t, os.WriteFile(filepath.Join(w.base, "secret"), []byte("s"), 0o600))
+	w.sum = hashTree(t, w.base)
+	e := w.create("cred", "")
+	out, err := w.run(e, "/bin/sh", "-c", `mkdir -m 777 pub; setpriv --reuid 65534 --regid 65534 --clear-groups sh -c '
+		cat secret; echo x > a; rm -f b; rm -rf d; mv b pub/; chmod 777 secret; touch none; touch pub/mine; cat a; stat -c "%u %n" pub/mine' 2>/dev/null
+		ls; stat -c %a secret`)
+	require.NoError(t, err, out)
+	assert.Equal(t, "a\n65534 pub/mine\na\nb\nconf\nd\ndirlink\nlink\npub\nscript\nsecret\n600\n", out)
+}
+
+// TestLiveTable changes the table under a running program.
+func TestLiveTable(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("live", "")
+	cmd := w.command(e, "/bin/sh", "-c", "cat a; echo; while cat a >/dev/null 2>&1; do sleep 0.05; done; echo hidden")
+	out, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	timer := time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() })
+	defer timer.Stop()
+	_, err = out.Read(make([]byte, 2))
+	require.NoError(t, err)
+	require.NoError(t, w.store.cli(t, "add", "live", w.base+"/a"))
+	rest, err := io.ReadAll(out)
+	require.NoError(t, err)
+	require.NoError(t, cmd.Wait())
+	assert.Equal(t, "hidden", strings.TrimSpace(string(rest)))
+}
+
+func TestSupervisorKilled(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("killed", "")
+	cmd := w.command(e, "/bin/sh", "-c", "echo started; i=0; while :; do i=$((i+1)); echo $i > a; rm -f b d/x; done")
+	out, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	_, err = out.Read(make([]byte, 10))
+	require.NoError(t, err)
+	time.Sleep(50 * time.Millisecond)
+	children, err := exec.Command("pgrep", "-P", fmt.Sprint(cmd.Process.Pid)).Output()
+	require.NoError(t, err)
+	pid := 0
+	_, err = fmt.Sscan(string(children), &pid)
+	require.NoError(t, err)
+	require.NoError(t, syscall.Kill(pid, syscall.SIGKILL))
+	require.Error(t, cmd.Wait())
+	assert.Equal(t, "ok\n", w.sh(e, "echo ok > a; cat a")) // and it can be used again
+}
+
+func TestLearnConsolidateEnforce(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("learn", "version: 1\nfit: [/tmp]\nrules:\n- {name: /dev/**, pass: true}\n- {name: /proc/**, pass: true}\n")
+	require.NoError(t, w.store.cli(t, "learn", "learn"))
+	w.sh(e, "cat a; cat conf/app")
+	tab, err := e.Table()
+	require.NoError(t, err)
+	text, err := tab.Text()
+	require.NoError(t, err)
+	assert.Contains(t, string(text), w.base+"/conf/app")
+	require.NoError(t, w.store.cli(t, "consolidate", "--save", "learn"))
+	require.NoError(t, w.store.cli(t, "enforce", "learn"))
+	assert.Equal(t, "a\none\n", w.sh(e, "cat a; cat conf/app"))
+	out, err := w.run(e, "/bin/sh", "-c", "cat b")
+	require.Error(t, err)
+	assert.Contains(t, out, "Permission denied")
+}
+
+func TestPack(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("pack", "")
+	w.sh(e, "echo changed > a; rm b; ln a hard; ln -s a sym; mkfifo p; cp /bin/true prog; rm -r d; mkdir d; cat conf/app")
+	var file bytes.Buffer
+	require.NoError(t, e.Pack(&file))
+	_, err := w.store.Unpack(bytes.NewReader(file.Bytes()), "")
+	require.ErrorIs(t, err, ErrExists)
+	f, err := w.store.Unpack(bytes.NewReader(file.Bytes()), "copy")
+	require.NoError(t, err)
+	assert.Equal(t, "changed\nchanged\ngone\n2\n", w.sh(f, "cat a sym; ls b 2>/dev/null || echo gone; stat -c %h hard; ls d; ./prog"))
+	m, err := f.Manifest()
+	require.NoError(t, err)
+	assert.Contains(t, m.Requires, w.base+"/conf/app")
+	lacking, err := f.Lacking()
+	require.NoError(t, err)
+	assert.Empty(t, lacking)
+	m.Requires = append(m.Requires, "/nowhere/lib.so")
+	require.NoError(t, f.saveManifest(m))
+	lacking, err = f.Lacking()
+	require.NoError(t, err)
+	assert.Equal(t, []string{"/nowhere/lib.so"}, lacking)
+	// Damaged or cut off: nothing is left.
+	for i := 10; i < file.Len(); i += file.Len() / 20 {
+		bad := bytes.Clone(file.Bytes())
+		bad[i] ^= 0x40
+		_, err := w.store.Unpack(bytes.NewReader(bad), "bad")
+		assert.Error(t, err, "byte %d", i)
+		_, err = w.store.Unpack(bytes.NewReader(file.Bytes()[:i]), "bad")
+		assert.Error(t, err, "cut at %d", i)
+	}
+	left, err := os.ReadDir(w.store.Dir)
+	require.NoError(t, err)
+	assert.Len(t, left, 2)
+}
+
+func TestCommandLine(t *testing.T) {
+	w := newWorld(t)
+	t.Setenv(StoreVariable, w.store.Dir)
+	for _, c := range []struct {
+		args []string
+		err  error
+	}{
+		{[]string{"bogus"}, errUsage}, {[]string{"create"}, errUsage}, {[]string{"create", "../x"}, ErrName},
+		{[]string{"create", "x"}, nil}, {[]string{"create", "x"}, ErrExists}, {[]string{"ls", "--json"}, nil},
+		{[]string{"run", "nothere"}, ErrNone}, {[]string{"explain", "x"}, errUsage}, {[]string{"explain", "x", "/a"}, nil},
+		{[]string{"ls", "--off"}, errUsage}, {[]string{"table", "x"}, nil}, {[]string{"catalog", "x"}, nil},
+		{[]string{"check", "x"}, nil}, {[]string{"rm", "x"}, nil}, {[]string{"rm", "x"}, ErrNone},
+	} {
+		var out bytes.Buffer
+		_, err := command(c.args, &out)
+		assert.ErrorIs(t, err, c.err, "%v", c.args)
+	}
+}
+
+// BenchmarkEnv measures calls on the base, in an environment, under proot and on
+// an overlay mount that holds the same tree.
+func BenchmarkEnv(b *testing.B) {
+	dir, err := os.MkdirTemp(".", ".test-")
+	require.NoError(b, err)
+	b.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir, err = filepath.Abs(dir)
+	require.NoError(b, err)
+	prog := filepath.Join(dir, "helper")
+	exe, err := os.ReadFile("/proc/self/exe")
+	require.NoError(b, err)
+	require.NoError(b, os.WriteFile(prog, exe, 0o755))
+	tree := filepath.Join(dir, "tree")
+	require.NoError(b, os.MkdirAll(filepath.Join(tree, "a/b/many"), 0o755))
+	for i := range 1000 {
+		require.NoError(b, os.WriteFile(filepath.Join(tree, "a/b/many", fmt.Sprint(i)), []byte("text"), 0o644))
+	}
+	store := Store{filepath.Join(dir, "envs")}
+	_, err = store.Create("bench", "", nil)
+	require.NoError(b, err)
+	over := filepath.Join(dir, "over")
+	for _, d := range []string{over, dir + "/up", dir + "/work"} {
+		require.NoError(b, os.Mkdir(d, 0o755))
+	}
+	mounted := unix.Mount("overlay", over, "overlay", 0, "lowerdir="+tree+",upperdir="+dir+"/up,workdir="+dir+"/work") == nil
+	if mounted {
+		b.Cleanup(func() { _ = unix.Unmount(over, unix.MNT_DETACH) })
+	}
+	for _, what := range []string{"stat", "open", "readdir", "execve", "read"} {
+		for _, where := range []struct {
+			name, tree string
+			command    []string
+		}{
+			{"base", tree, nil},
+			{"overlay", over, nil},
+			{"env", tree, []string{"/proc/self/exe", "run", "--dir", "/", "bench", "--"}},
+			{"proot", tree, []string{"proot", "-b", tree + ":/mnt"}},
+		} {
+			b.Run(what+"/"+where.name, func(b *testing.B) {
+				if where.name == "overlay" && !mounted {
+					b.Fatal("no overlay mount: root is needed")
+				}
+				args := append(append([]string{}, where.command...), prog, "helper", "bench", what, where.tree, fmt.Sprint(b.N))
+				cmd := exec.Command(args[0], args[1:]...)
+				cmd.Env = append(os.Environ(), StoreVariable+"="+store.Dir)
+				cmd.Stderr = os.Stderr
+				out, err := cmd.Output()
+				require.NoError(b, err, string(out))
+				var ns float64
+				_, err = fmt.Sscan(string(out), &ns)
+				require.NoError(b, err)
+				b.ReportMetric(ns, "ns/call")
+				b.ReportMetric(0, "ns/op")
+			})
+		}
+	}
+}
+
+// bench performs calls and prints the nanoseconds of one.
+func bench(what, tree string, n int) int {
+	file := tree + "/a/b/many/500"
+	fd, err := unix.Open(file, unix.O_RDONLY, 0)
+	if err != nil {
+		return 1
+	}
+	var st unix.Stat_t
+	buf := make([]byte, 32<<10)
+	start := time.Now()
+	for range n {
+		switch what {
+		case "stat":
+			err = unix.Stat(file, &st)
+		case "open":
+			var f int
+			if f, err = unix.Open(file, unix.O_RDONLY, 0); err == nil {
+				unix.Close(f)
+			}
+		case "readdir":
+			var f int
+			if f, err = unix.Open(tree+"/a/b/many", unix.O_RDONLY, 0); err == nil {
+				for m := 1; m > 0 && err == nil; {
+					m, err = unix.Getdents(f, buf)
+				}
+				unix.Close(f)
+			}
+		case "execve":
+			err = exec.Command("/bin/true").Run()
+		case "read":
+			_, err = unix.Pread(fd, buf[:4], 0)
+		}
+		if err != nil {
+			fmt.Println(err)
+			return 1
+		}
+	}
+	fmt.Println(float64(time.Since(start).Nanoseconds()) / float64(n))
+	return 0
+}
+
+func FuzzUnpack(f *testing.F) {
+	f.Add([]byte("\x28\xb5\x2f\xfd\x00\x00\x01\x00\x00"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s := Store{t.TempDir()}
+		if e, err := s.Unpack(bytes.NewReader(b), "x"); err == nil {
+			assert.NoError(t, e.Remove())
+		}
+	})
+}
+
+// helper is what runs inside.
+func helper(args []string) int {
+	fail := func(format string, a ...any) int {
+		fmt.Printf(format+"\n", a...)
+		return 1
+	}
+	mq := func(call, flags uintptr) error {
+		name, _ := unix.BytePtrFromString("gondola-test")
+		_, _, e := unix.Syscall6(call, ptr(name), flags, 0o600, 0, 0, 0)
+		if e != 0 {
+			return e
+		}
+		return nil
+	}
+	switch args[0] {
+	case "names":
+		switch args[1] {
+		case "create":
+			if err := mq(unix.SYS_MQ_OPEN, unix.O_CREAT|unix.O_RDWR); err != nil {
+				return fail("mq: %v", err)
+			}
+			if _, err := unix.SysvShmGet(0x5151, 4096, unix.IPC_CREAT|0o600); err != nil {
+				return fail("shm: %v", err)
+			}
+		case "find":
+			if mq(unix.SYS_MQ_OPEN, unix.O_RDWR) == nil {
+				fmt.Print("mq ")
+			}
+			if _, err := unix.SysvShmGet(0x5151, 4096, 0); err == nil {
+				fmt.Print("shm")
+			}
+		case "remove":
+			if err := mq(unix.SYS_MQ_UNLINK, 0); err != nil {
+				return fail("mq: %v", err)
+			}
+			id, err := unix.SysvShmGet(0x5151, 4096, 0)
+			if err == nil {
+				_, err = unix.SysvShmCtl(id, unix.IPC_RMID, nil)
+			}
+			if err != nil {
+				return fail("shm: %v", err)
+			}
+		}
+	case "sockets":
+		for _, name := range []string{args[1] + "/sock", "@gondola-test"} {
+			l, err := net.Listen("unix", name)
+			if err != nil {
+				return fail("listen %s: %v", name, err)
+			}
+			go func() {
+				c, err := l.Accept()
+				if err == nil {
+					_, _ = c.Write([]byte("hello"))
+					c.Close()
+				}
+			}()
+			c, err := net.Dial("unix", name)
+			if err != nil {
+				return fail("dial %s: %v", name, err)
+			}
+			b := make([]byte, 10)
+			if n, err := c.Read(b); string(b[:n]) != "hello" {
+				return fail("%s: %q %v", name, b[:n], err)
+			}
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return fail("%v", err)
+		}
+		if _, err := net.Dial("tcp", l.Addr().String()); err != nil {
+			return fail("%v", err)
+		}
+		d, err := net.ListenPacket("unixgram", args[1]+"/dgram")
+		if err != nil {
+			return fail("%v", err)
+		}
+		c, err := net.Dial("unixgram", args[1]+"/dgram")
+		if err != nil {
+			return fail("%v", err)
+		}
+		_, _ = c.Write([]byte("x"))
+		if n, _, err := d.ReadFrom(make([]byte, 5)); n != 1 {
+			return fail("datagram: %v", err)
+		}
+	case "race":
+		return race(args[1])
+	case "escape":
+		return escape(args[1])
+	case "bench":
+		n, _ := strconv.Atoi(args[3])
+		return bench(args[1], args[2], n)
+	}
+	return 0
+}
+
+// race opens a name that another thread changes between a permitted file and a
+// refused one, of equal length.
+func race(base string) int {
+	runtime.GOMAXPROCS(4)
+	// Not the Go heap: the race is meant, and the race detector looks away.
+	name, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	last := copy(name, base+"/a") - 1
+	end := time.Now().Add(1500 * time.Millisecond)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for i := 0; time.Now().Before(end); i++ {
+			name[last] = "ab"[i&1]
+		}
+	})
+	var bad, good, refused atomic.Int64
+	for range 2 {
+		wg.Go(func() {
+			for time.Now().Before(end) {
+				at := unix.AT_FDCWD
+				fd, _, e := unix.Syscall6(unix.SYS_OPENAT, uintptr(at), ptr(&name[0]), unix.O_RDONLY, 0, 0, 0)
+				if e != 0 {
+					refused.Add(1)
+					continue
+				}
+				b := make([]byte, 1)
+				_, _ = unix.Read(int(fd), b)
+				if b[0] == 'b' {
+					bad.Add(1)
+				} else {
+					good.Add(1)
+				}
+				unix.Close(int(fd))
+			}
+		})
+	}
+	// Symbolic links that change.
+	wg.Go(func() {
+		for i := 0; time.Now().Before(end); i++ {
+			_ = os.Remove(base + "/flip")
+			_ = os.Symlink([]string{"a", "b"}[i&1], base+"/flip")
+		}
+	})
+	wg.Go(func() {
+		for time.Now().Before(end) {
+			if b, err := os.ReadFile(base + "/flip"); err == nil && string(b) == "b\n" {
+				bad.Add(1)
+			}
+			if f, err := os.OpenFile(base+"/flip", os.O_WRONLY|os.O_APPEND, 0); err == nil {
+				_, _ = f.Write([]byte("a"))
+				f.Close()
+			}
+		}
+	})
+	wg.Wait()
+	if bad.Load() > 0 || good.Load() == 0 || refused.Load() == 0 {
+		fmt.Printf("%d read, %d refused, %d read that are refused\n", good.Load(), refused.Load(), bad.Load())
+		return 1
+	}
+	fmt.Println("never read")
+	return 0
+}
+
+// escape tries ways around the names. The base is compared afterwards.
+func escape(base string) int {
+	code := 0
+	expect := func(what string, err error, want ...error) {
+		for _, w := range want {
+			if err == w {
+				return
+			}
+		}
+		fmt.Printf("%s: %v\n", what, err)
+		code = 1
+	}
+	expect("mount", unix.Mount("x", "/tmp", "tmpfs", 0, ""), unix.EPERM)
+	expect("chroot", unix.Chroot("/"), unix.EPERM)
+	expect("unshare", unix.Unshare(unix.CLONE_NEWNS), unix.EPERM)
+	expect("setns", unix.Setns(0, 0), unix.EPERM)
+	_, _, e := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, 0, 0)
+	expect("io_uring", e, unix.ENOSYS)
+	_, _, e = unix.Syscall(unix.SYS_PTRACE, unix.PTRACE_ATTACH, uintptr(os.Getppid()), 0)
+	expect("ptrace", e, unix.EPERM)
+	_, _, e = unix.Syscall(0x40000000|unix.SYS_GETPID, 0, 0, 0)
+	expect("x32", e, unix.ENOSYS)
+	_, _, e = unix.Syscall(500, 0, 0, 0)
+	expect("unknown call", e, unix.ENOSYS)
+	_, err := os.ReadFile("/proc/1/root/../../../" + base + "/a")
+	if !os.IsPermission(err) {
+		expect("root of another process", err, nil)
+	}
+	for _, f := range []string{"/proc/self/mem", "/proc/1/mem", "/proc/sys/kernel/hostname", "/proc/sysrq-trigger"} {
+		fd, err := unix.Open(f, unix.O_WRONLY, 0)
+		if err == nil {
+			unix.Close(fd)
+		}
+		expect(f, err, unix.EROFS, unix.ENOENT, unix.EACCES)
+	}
+	// A descriptor of the base, opened again for writing: the copy is written.
+	fd, err := unix.Open(base+"/a", unix.O_RDONLY, 0)
+	expect("open", err, nil)
+	expect("fchmod of the base's", unix.Fchmod(fd, 0o777), unix.EROFS)
+	again, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", fd), unix.O_RDWR, 0)
+	expect("open again", err, nil)
+	_, err = unix.Write(again, []byte("changed"))
+	expect("write", err, nil)
+	dir, err := unix.Open(base+"/d", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	expect("open dir", err, nil)
+	expect("unlinkat", unix.Unlinkat(dir, "x", 0), nil)
+	expect("fchdir", unix.Fchdir(dir), nil)
+	expect("relative", os.WriteFile("../b", []byte("w"), 0o644), nil)
+	expect("renameat", unix.Renameat(dir, "y", dir, "why"), nil)
+	how := unix.OpenHow{Flags: unix.O_RDONLY, Resolve: unix.RESOLVE_BENEATH}
+	_, err = unix.Openat2(dir, "../a", &how)
+	expect("beneath", err, unix.EXDEV)
+	how.Resolve = unix.RESOLVE_NO_SYMLINKS
+	_, err = unix.Openat2(unix.AT_FDCWD, base+"/link", &how)
+	expect("no symlinks", err, unix.ELOOP)
+	path, err := unix.Open(base+"/link", unix.O_PATH|unix.O_NOFOLLOW, 0)
+	expect("O_PATH of a link", err, nil)
+	var st unix.Stat_t
+	expect("fstat", unix.Fstat(path, &st), nil)
+	if st.Mode&unix.S_IFMT != unix.S_IFLNK {
+		expect("O_PATH gave something else", unix.EINVAL)
+	}
+	expect("loop", os.Symlink("loop", base+"/loop"), nil)
+	_, err = unix.Open(base+"/loop", unix.O_RDONLY, 0)
+	expect("loop", err, unix.ELOOP)
+	_, err = unix.Open(strings.Repeat("/x", 3000), unix.O_RDONLY, 0)
+	expect("long", err, unix.ENAMETOOLONG)
+	_, err = unix.Open("/"+strings.Repeat("x", 256), unix.O_RDONLY, 0)
+	expect("long component", err, unix.ENAMETOOLONG)
+	expect("bytes", os.WriteFile(base+"/\xff\xfe", nil, 0o644), nil)
+	_, err = os.Stat(base + "/\xff\xfe")
+	expect("bytes", err, nil)
+	expect("whiteout", unix.Mknod(base+"/w", unix.S_IFCHR, 0), unix.EPERM)
+	_, err = unix.Open(base+"/.gondola-opaque", unix.O_CREAT|unix.O_RDWR, 0o600)
+	expect("mark", err, unix.EPERM)
+	return code
+}

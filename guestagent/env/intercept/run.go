@@ -1,0 +1,384 @@
+//go:build linux && amd64
+
+package intercept
+
+import (
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gondola-vmm/gondola/guestagent/env/table"
+)
+
+// Config says what to run and where.
+type Config struct {
+	Store    string   // the directory of all environments; no environment shows it
+	Dir      string   // this environment's directory: absolute, without symbolic links
+	Args     []string // the program and its arguments
+	Env      []string // its variables
+	WorkDir  string   // its working directory, in the environment's names
+	Hostname string   // of the environment; "" keeps the base's
+	Table    *table.Live
+	Note     Note
+	// Enter is the command line by which this program calls Enter.
+	Enter []string
+}
+
+// Prefix is what an environment puts before names that are no paths. It follows
+// from its directory, so that environments never meet.
+func Prefix(dir string) string {
+	h := fnv.New64a()
+	_, _ = h.Write([]byte(dir))
+	return fmt.Sprintf("gondola-%016x-", h.Sum64())
+}
+
+// Tree, Work and Jail are the directories in an environment's directory that this
+// package uses.
+const (
+	Tree = "root"
+	Work = "work"
+	jail = "jail"
+)
+
+// Errors, for errors.Is.
+var (
+	// ErrProtect: the base could not be made read-only for the environment.
+	ErrProtect = errors.New("cannot protect the base")
+	// ErrStart: the program could not be started under supervision.
+	ErrStart = errors.New("cannot start")
+)
+
+func itoa(n int) string { return strconv.Itoa(n) }
+
+// Supervise runs a program in an environment and answers its calls until it ends;
+// whatever it has left running is killed then. The calling process must have been
+// started by Isolated, and have called Protect. The exit code is 128 and the signal's
+// number if a signal ended the program.
+func Supervise(c Config) (int, error) {
+	runtime.LockOSThread()
+	s, err := newSupervisor(&c)
+	if err != nil {
+		return 0, err
+	}
+	if c.Hostname != "" {
+		if err := unix.Sethostname([]byte(c.Hostname)); err != nil {
+			return 0, fmt.Errorf("%w: host name: %w", ErrStart, err)
+		}
+	}
+	// Orphans come here, so that they end with the run, and yama lets them be seen.
+	_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+	sigs := make(chan os.Signal, 16)
+	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
+	pid, err := s.start(&c)
+	if err != nil {
+		return 0, err
+	}
+	go func() {
+		for sig := range sigs {
+			_ = syscall.Kill(pid, sig.(syscall.Signal))
+		}
+	}()
+	for range max(2, runtime.NumCPU()) {
+		go s.serve()
+	}
+	return s.reap(pid)
+}
+
+// reap waits for the program and the orphans of the run. It does not wait for
+// whatever comes: that would take the stops of threads that others of this
+// process's threads trace.
+func (s *Supervisor) reap(pid int) (int, error) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return 0, fmt.Errorf("wait: %w", err)
+	}
+	defer unix.Close(pidfd)
+	code := -1
+	for {
+		if code < 0 {
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 250)
+			if err != nil && err != unix.EINTR {
+				return 0, fmt.Errorf("wait: %w", err)
+			}
+			if n == 1 {
+				var ws unix.WaitStatus
+				if got, err := unix.Wait4(pid, &ws, unix.WALL, nil); err != nil || got != pid {
+					// It ended while it was traced, and its tracer has its status.
+					ws = s.ended(pid)
+				}
+				code = ws.ExitStatus()
+				if ws.Signaled() {
+					code = 128 + int(ws.Signal())
+				}
+			}
+		}
+		if code >= 0 {
+			killChildren()
+		}
+		for {
+			var info unix.Siginfo
+			err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT|unix.WALL|unix.WNOTHREAD, nil)
+			if err == unix.ECHILD && code >= 0 {
+				return code, nil
+			}
+			child := *(*int32)(unsafe.Add(unsafe.Pointer(&info), 16))
+			if err != nil || child == 0 || int(child) == pid {
+				break
+			}
+			switch info.Code {
+			case 1, 2, 3: // CLD_EXITED, CLD_KILLED, CLD_DUMPED
+				_, _ = unix.Wait4(int(child), nil, unix.WALL|unix.WNOHANG, nil)
+				continue
+			}
+			break
+		}
+		if code >= 0 {
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
+// ended is how a traced process ended.
+func (s *Supervisor) ended(pid int) unix.WaitStatus {
+	for range 100 {
+		if ws, ok := s.exits.Load(pid); ok {
+			return ws.(unix.WaitStatus)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return unix.WaitStatus(unix.SIGKILL)
+}
+
+// killChildren kills all children of this process. Their own become its children
+// then.
+func killChildren() {
+	procs, _ := os.ReadDir("/proc")
+	for _, p := range procs {
+		pid, err := strconv.Atoi(p.Name())
+		if err != nil {
+			continue
+		}
+		b, err := os.ReadFile("/proc/" + p.Name() + "/status")
+		if err == nil && statusField(b, "PPid:") == itoa(os.Getpid()) {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
+}
+
+// mountAttr is struct mount_attr (mount_setattr(2)).
+type mountAttr struct{ set, clr, propagation, userns uint64 }
+
+func mountSetattr(path string, flags uint, a mountAttr) error {
+	p, err := unix.BytePtrFromString(path)
+	if err != nil {
+		return err
+	}
+	at := unix.AT_FDCWD
+	_, _, e := unix.Syscall6(unix.SYS_MOUNT_SETATTR, uintptr(at), uintptr(unsafe.Pointer(p)), uintptr(flags), uintptr(unsafe.Pointer(&a)), unsafe.Sizeof(a), 0)
+	if e != 0 {
+		return e
+	}
+	return nil
+}
+
+const mountAttrRdonly = 1
+
+// Protect makes everything but the environment's directory dir read-only in this
+// process's mount name space. Every descriptor that a program ever gets of the
+// base comes from there, so that nothing the supervisor does, or does not see,
+// can change it. The process must not have opened any file for writing before,
+// other than those it has inherited.
+func Protect(dir string) error {
+	fail := func(what string, err error) error {
+		return fmt.Errorf("%w: %s: %w", ErrProtect, what, err)
+	}
+	jail := filepath.Join(dir, jail)
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fail("private mounts", err)
+	}
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		return fail("mount of "+dir, err)
+	}
+	if err := unix.Mount("gondola-jail", jail, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755,size=4m"); err != nil {
+		return fail("mount of "+jail, err)
+	}
+	if err := mountSetattr("/", unix.AT_RECURSIVE, mountAttr{set: mountAttrRdonly}); err != nil {
+		return fail("read-only base (Linux 5.12 or newer is needed)", err)
+	}
+	for _, rw := range []string{dir, jail, "/proc"} {
+		if err := mountSetattr(rw, 0, mountAttr{clr: mountAttrRdonly}); err != nil && rw != "/proc" {
+			return fail("writable "+rw, err)
+		}
+	}
+	return nil
+}
+
+func newSupervisor(c *Config) (*Supervisor, error) {
+	s := &Supervisor{
+		space: table.Space{Root: filepath.Join(c.Dir, Tree), Prefix: Prefix(c.Dir)},
+		store: c.Store, jail: filepath.Join(c.Dir, jail), live: c.Table, note: c.Note,
+	}
+	s.exec.interp, s.exec.pending = map[string]devIno{}, map[int]bool{}
+	m, err := os.ReadFile("/proc/self/uid_map")
+	s.privileged = err == nil && strings.Join(strings.Fields(string(m)), " ") == "0 0 4294967295" && os.Geteuid() == 0
+	fail := func(what string, err error) (*Supervisor, error) {
+		return nil, fmt.Errorf("%w: %s: %w", ErrProtect, what, err)
+	}
+	for _, x := range []struct {
+		fd   *int
+		path string
+		mode int
+	}{{&s.upperFD, s.space.Root, unix.O_PATH | unix.O_DIRECTORY}, {&s.workFD, filepath.Join(c.Dir, Work), unix.O_PATH | unix.O_DIRECTORY}, {&s.baseFD, "/", unix.O_PATH | unix.O_DIRECTORY}, {&s.lockFD, filepath.Join(c.Dir, "lock"), unix.O_RDWR | unix.O_CREAT}} {
+		if *x.fd, err = unix.Open(x.path, x.mode|unix.O_CLOEXEC, 0o600); err != nil {
+			return fail(x.path, err)
+		}
+	}
+	return s, nil
+}
+
+// start starts the program and takes its listener.
+func (s *Supervisor) start(c *Config) (int, error) {
+	fail := func(err error) (int, error) { return 0, fmt.Errorf("%w %s: %w", ErrStart, c.Args[0], err) }
+	fromR, fromW, err := os.Pipe()
+	if err != nil {
+		return fail(err)
+	}
+	defer fromR.Close()
+	toR, toW, err := os.Pipe()
+	if err != nil {
+		return fail(err)
+	}
+	defer toW.Close()
+	args := append(append([]string{}, c.Enter[1:]...), s.jail, c.WorkDir, "--")
+	cmd := exec.Command("/proc/self/exe", append(args, c.Args...)...)
+	cmd.Args[0] = c.Enter[0]
+	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = c.Env, os.Stdin, os.Stdout, os.Stderr
+	cmd.ExtraFiles = []*os.File{fromW, toR}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	err = cmd.Start()
+	fromW.Close()
+	toR.Close()
+	if err != nil {
+		return fail(err)
+	}
+	text, err := io.ReadAll(fromR)
+	if err != nil {
+		return fail(err)
+	}
+	n, err := strconv.Atoi(string(text))
+	if err != nil {
+		_ = cmd.Process.Kill()
+		return fail(errors.New(string(text)))
+	}
+	pidfd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
+	if err != nil {
+		return fail(err)
+	}
+	defer unix.Close(pidfd)
+	if s.listener, err = unix.PidfdGetfd(pidfd, n, 0); err != nil {
+		return fail(err)
+	}
+	// Linux 6.6: the answer wakes the program on the same processor.
+	_, _, _ = unix.RawSyscall(unix.SYS_IOCTL, uintptr(s.listener), ioctlSetFlags, syncWakeUp)
+	if _, err := toW.Write([]byte{1}); err != nil {
+		return fail(err)
+	}
+	return cmd.Process.Pid, nil
+}
+
+// Enter is the program's first process: it locks itself in and executes args,
+// found in $PATH. It returns only if that fails, with the exit code that shells
+// use.
+func Enter(jail, dir string, args []string) int {
+	runtime.LockOSThread()
+	report := os.NewFile(3, "report")
+	n, err := lockIn(jail)
+	if err != nil {
+		fmt.Fprint(report, err)
+		return 126
+	}
+	fmt.Fprint(report, n)
+	report.Close()
+	if _, err := os.NewFile(4, "go").Read(make([]byte, 1)); err != nil {
+		return 126
+	}
+	unix.Close(4)
+	unix.Close(n)
+	// From here on the supervisor answers.
+	if err := rawChdir(dir); err != nil {
+		fmt.Fprintf(os.Stderr, "gondola-agent: working directory %s: %v\n", dir, err)
+		return 126
+	}
+	code, failed := 127, error(unix.ENOENT)
+	for _, path := range candidates(args[0]) {
+		err := syscall.Exec(path, args, os.Environ())
+		if err != syscall.ENOENT && err != syscall.ENOTDIR {
+			code, failed = 126, err
+			if err != syscall.EACCES {
+				break
+			}
+		}
+	}
+	fmt.Fprintf(os.Stderr, "gondola-agent: %s: %v\n", args[0], failed)
+	return code
+}
+
+func rawChdir(dir string) error { return unix.Chdir(dir) }
+
+func candidates(name string) []string {
+	if strings.Contains(name, "/") {
+		return []string{name}
+	}
+	search := os.Getenv("PATH")
+	if search == "" {
+		search = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	}
+	var c []string
+	for _, dir := range filepath.SplitList(search) {
+		if dir == "" {
+			dir = "."
+		}
+		c = append(c, filepath.Join(dir, name))
+	}
+	return c
+}
+
+func lockIn(jail string) (int, error) {
+	if err := unix.Chroot(jail); err != nil {
+		return -1, fmt.Errorf("chroot: %w", err)
+	}
+	if err := unix.Chdir("/"); err != nil {
+		return -1, err
+	}
+	return install()
+}
+
+// Isolated prepares cmd to run Supervise: in a mount name space of its own, and,
+// without privileges, in a user name space where the user is root. hostname says
+// that the environment has its own host name.
+func Isolated(cmd *exec.Cmd, hostname bool) {
+	a := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	if hostname {
+		a.Cloneflags |= syscall.CLONE_NEWUTS
+	}
+	if os.Geteuid() != 0 {
+		a.Cloneflags |= syscall.CLONE_NEWUSER
+		a.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
+		a.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}}
+	}
+	cmd.SysProcAttr = a
+}

@@ -1,0 +1,223 @@
+//go:build linux && amd64
+
+package env
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gondola-vmm/gondola/guestagent/env/intercept"
+	"github.com/gondola-vmm/gondola/guestagent/env/table"
+)
+
+// run starts the supervisor in its own mount name space and passes signals on.
+func (e *Env) run(workdir string, args []string) (int, error) {
+	t, err := e.Table()
+	if err != nil {
+		return 0, err
+	}
+	m, err := e.Manifest()
+	if err != nil {
+		return 0, err
+	}
+	own := t.Decide(table.Request{Type: table.Hostname, Name: "hostname:", Action: table.Write}).Outcome == table.Environment
+	runtime.LockOSThread() // the supervisor dies with this thread
+	cmd := exec.Command("/proc/self/exe", append([]string{superviseCommand, e.Store.Dir, e.Name, workdir, m.Hostname, "--"}, args...)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	intercept.Isolated(cmd, own)
+	sigs := make(chan os.Signal, 16)
+	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
+	if err := cmd.Start(); err != nil {
+		return 0, fmt.Errorf("supervisor: %w", err)
+	}
+	_, err = unix.IoctlGetTermios(0, unix.TCGETS)
+	terminal := err == nil
+	go func() {
+		for s := range sigs {
+			if terminal && (s == syscall.SIGINT || s == syscall.SIGQUIT) {
+				continue // the terminal sends them to all
+			}
+			_ = cmd.Process.Signal(s)
+		}
+	}()
+	err = cmd.Wait()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		if ws := exit.Sys().(syscall.WaitStatus); ws.Signaled() {
+			return 128 + int(ws.Signal()), nil
+		}
+		return exit.ExitCode(), nil
+	}
+	return 0, err
+}
+
+// recorder collects the catalogue of a run.
+type recorder struct {
+	e       *Env
+	mu      sync.Mutex
+	m       map[noteKey]*Entry
+	learned map[string]table.List
+}
+
+type noteKey struct {
+	program, name string
+	t             table.Type
+	a             table.Action
+	o             table.Outcome
+}
+
+// maxNotes bounds what is kept between two saves: a program that asks for ever
+// new names does not fill the memory.
+const maxNotes = 100_000
+
+func (r *recorder) note(program, name string, t table.Type, a table.Action, d table.Decision) {
+	if t == table.File {
+		if n, v := volatile(name); v {
+			name = n
+		}
+	}
+	now := time.Now()
+	k := noteKey{program, name, t, a, d.Outcome}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	x := r.m[k]
+	if x == nil {
+		if len(r.m) >= maxNotes {
+			return
+		}
+		x = &Entry{Name: strings.ToValidUTF8(name, "\ufffd"), Type: t.String(), Action: a.String(), Outcome: d.Outcome.String(), Program: program, First: now}
+		r.m[k] = x
+		if !d.Known && d.Outcome != table.Refuse && r.learned != nil {
+			r.learned[x.Name] = table.FET
+			if d.Outcome == table.Environment {
+				r.learned[x.Name] = table.FIT
+			}
+		}
+	}
+	x.Count++
+	x.Last = now
+}
+
+// flush saves what was collected since the last time.
+func (r *recorder) flush() error {
+	r.mu.Lock()
+	m := make(map[entryKey]*Entry, len(r.m))
+	for _, x := range r.m {
+		if o := m[x.key()]; o != nil {
+			o.Count += x.Count
+		} else {
+			m[x.key()] = x
+		}
+	}
+	clear(r.m)
+	learned := r.learned
+	if learned != nil {
+		r.learned = map[string]table.List{}
+	}
+	r.mu.Unlock()
+	err := r.e.addCatalog(m)
+	if len(learned) > 0 {
+		err = errors.Join(err, r.e.ChangeTable(func(t *table.Table) (*table.Table, error) {
+			var lists [2][]string
+			for n, l := range learned {
+				if _, err := table.Canonical(n); err == nil {
+					lists[l] = append(lists[l], n)
+				}
+			}
+			t, err := t.With(table.FET, lists[table.FET]...)
+			if err != nil {
+				return nil, err
+			}
+			return t.With(table.FIT, lists[table.FIT]...)
+		}))
+	}
+	return err
+}
+
+// supervise is the supervisor's process.
+func supervise(store, name, workdir, hostname string, args []string) (int, error) {
+	e, err := Store{store}.Open(name)
+	if err != nil {
+		return 0, err
+	}
+	if err := intercept.Protect(e.Dir); err != nil {
+		return 0, err
+	}
+	l, err := e.lock(unix.LOCK_EX)
+	if err == nil {
+		// Nobody else is here: what a crash has left can go.
+		_ = os.RemoveAll(filepath.Join(e.Dir, intercept.Work))
+		err = os.Mkdir(filepath.Join(e.Dir, intercept.Work), 0o755)
+		if err == nil {
+			err = unix.Flock(int(l.Fd()), unix.LOCK_SH)
+		}
+	} else if errors.Is(err, ErrBusy) {
+		l, err = e.lock(unix.LOCK_SH)
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer l.Close()
+	t, err := e.Table()
+	if err != nil {
+		return 0, err
+	}
+	m, err := e.Manifest()
+	if err != nil {
+		return 0, err
+	}
+	var live table.Live
+	live.Store(t)
+	r := &recorder{e: e, m: map[noteKey]*Entry{}}
+	if m.Learn {
+		r.learned = map[string]table.List{}
+	}
+	stop := make(chan struct{})
+	defer close(stop)
+	go e.follow(&live, r, stop)
+	code, err := intercept.Supervise(intercept.Config{
+		Store: e.Store.Dir, Dir: e.Dir, Args: args, Env: os.Environ(), WorkDir: workdir, Hostname: hostname,
+		Table: &live, Note: r.note, Enter: []string{"gondola-env", enterCommand},
+	})
+	return code, errors.Join(err, r.flush())
+}
+
+// follow takes changes of the table over and saves the catalogue, until stop.
+func (e *Env) follow(live *table.Live, r *recorder, stop <-chan struct{}) {
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	path := filepath.Join(e.Dir, tableFile)
+	last, _ := os.Stat(path)
+	for n := 1; ; n++ {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+		}
+		if now, err := os.Stat(path); err == nil && (last == nil || !os.SameFile(now, last) || now.ModTime() != last.ModTime()) {
+			// A table that does not parse changes nothing.
+			if t, err := e.Table(); err == nil {
+				live.Store(t)
+			} else {
+				fmt.Fprintf(os.Stderr, "gondola-agent: the old table stays: %v\n", err)
+			}
+			last = now
+		}
+		if n%10 == 0 {
+			if err := r.flush(); err != nil {
+				fmt.Fprintf(os.Stderr, "gondola-agent: catalogue: %v\n", err)
+			}
+		}
+	}
+}
