@@ -322,6 +322,7 @@ func (f *runFlags) session(ctx context.Context, g *guest.Guest, cfg guest.Config
 		return err
 	}
 	p.done()
+	slim()
 	if bg != nil {
 		bg.ready(cfg.Name)
 		if len(cfg.Command) == 0 {
