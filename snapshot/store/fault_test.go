@@ -675,6 +675,9 @@ func TestKill(t *testing.T) {
 	m := &model{states: map[string]*modelState{}}
 	done, kills, between := 0, 0, 0
 	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1))
+	// Long enough that something is done in about every second life, on a machine of
+	// any speed.
+	window := 8 * time.Millisecond
 	for begin := time.Now(); kills < 300 && time.Since(begin) < 15*time.Second; kills++ {
 		cmd := exec.Command(exe)
 		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s,%d", childEnv, dir, done))
@@ -685,7 +688,8 @@ func TestKill(t *testing.T) {
 		require.NoError(t, cmd.Start())
 		lines := bufio.NewScanner(out)
 		require.True(t, lines.Scan(), "no output: %s", &stderr)
-		time.AfterFunc(time.Duration(r.IntN(8000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
+		before := done
+		time.AfterFunc(time.Duration(r.Int64N(int64(window))), func() { _ = cmd.Process.Kill() })
 		for lines.Scan() {
 			require.Equal(t, strconv.Itoa(done), lines.Text())
 			require.NoError(t, m.step(stepRand(done), nil))
@@ -705,6 +709,11 @@ func TestKill(t *testing.T) {
 		}
 		require.NoError(t, s.Close())
 		tidy(t, dir)
+		if done == before {
+			window += window / 4
+		} else {
+			window -= window / 5
+		}
 	}
 	t.Logf("%d kills, %d operations, %d done and not reported", kills, done, between)
 	assert.Greater(t, kills, 50)
