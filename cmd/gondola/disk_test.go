@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -45,8 +46,17 @@ func TestDiskCommands(t *testing.T) {
 // ioMachine is a machine with one disk and a slot.
 type ioMachine struct {
 	*fakeMachine
-	limiter  *ratelimit.Limiter
+	limiter *ratelimit.Limiter
+
+	mu       sync.Mutex
 	attached []control.Disk
+}
+
+// disks are those that were attached.
+func (m *ioMachine) disks() []control.Disk {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.attached
 }
 
 func (m *ioMachine) Agent() *guestagent.Client { return m.client }
@@ -61,10 +71,17 @@ func (m *ioMachine) Limiter(device string) (*ratelimit.Limiter, error) {
 	return m.limiter, nil
 }
 func (m *ioMachine) AttachDisk(d control.Disk) (string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.attached = append(m.attached, d)
 	return "vdb", nil
 }
-func (m *ioMachine) DetachDisk(string) error { m.attached = nil; return nil }
+func (m *ioMachine) DetachDisk(string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.attached = nil
+	return nil
+}
 
 func TestLimitsAndHotDisks(t *testing.T) {
 	home := testHome(t)
@@ -102,8 +119,8 @@ func TestLimitsAndHotDisks(t *testing.T) {
 	assert.Equal(t, "vdb\n", r.stdout)
 	abs, err := filepath.Abs("some.img")
 	require.NoError(t, err)
-	assert.Equal(t, []control.Disk{{Path: abs, ReadOnly: true, Serial: "s1", Limits: ratelimit.Limits{OpsPerSecond: 5}}}, m.attached)
+	assert.Equal(t, []control.Disk{{Path: abs, ReadOnly: true, Serial: "s1", Limits: ratelimit.Limits{OpsPerSecond: 5}}}, m.disks())
 	r = gondola(t, "disk", "detach", "m", "vdb")
 	require.Zero(t, r.code, r.stderr)
-	assert.Empty(t, m.attached)
+	assert.Empty(t, m.disks())
 }
