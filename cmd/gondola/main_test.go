@@ -93,7 +93,7 @@ func TestRunRefuses(t *testing.T) {
 		{"no such kernel", []string{"--kernel", dir + "/none"}, []string{"no such file"}},
 		{"not a kernel", []string{"--kernel", garbage}, []string{"garbage", "neither ELF nor bzImage"}},
 		{"empty kernel", []string{"--kernel", file("empty", "")}, []string{"empty"}},
-		{"all memory of the world", []string{"--kernel", garbage, "--memory", "900G"}, []string{"more than the host's", "give the machine less"}},
+		{"all memory of the world", []string{"--kernel", garbage, "--memory", "900G"}, []string{"the host cannot back", "give it less with --memory-min or --memory"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := gondola(t, append(append([]string{"run", "--initrd", initrd}, tc.args...), "--", "true")...)
