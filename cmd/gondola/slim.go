@@ -6,6 +6,7 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,9 +14,10 @@ import (
 // slim gives back what a machine's start needed and its run does not: garbage of the
 // Go heap, and the pages of the program's file that have been touched, most of which
 // were for commands, loaders and the agent inside. What is still in use comes back
-// from the page cache. It returns at once; there is nothing to be done about errors.
+// from the page cache. It returns at once and waits a while, so that a short command
+// pays nothing; there is nothing to be done about errors.
 func slim() {
-	go func() {
+	time.AfterFunc(2*time.Second, func() {
 		debug.FreeOSMemory()
 		f, err := os.Open("/proc/self/smaps")
 		if err != nil {
@@ -29,7 +31,7 @@ func slim() {
 		for _, r := range cleanMappings(bufio.NewScanner(f), exe) {
 			_, _, _ = unix.Syscall(unix.SYS_MADVISE, r.start, r.size, unix.MADV_DONTNEED)
 		}
-	}()
+	})
 }
 
 // mapping is a range of the process's addresses.
