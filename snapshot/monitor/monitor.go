@@ -37,8 +37,6 @@ type Config struct {
 	// Ops are operations beside ping, host-info, list and mark, or instead of
 	// them.
 	Ops map[string]service.Op
-	// Lister knows the machine's states; nil: there are none.
-	Lister service.Lister
 	// Limits are the machine's; zero values are the defaults.
 	Limits service.Limits
 }
@@ -66,7 +64,7 @@ func New(cfg Config) (*Monitor, error) {
 	m := &Monitor{Marks: &service.Marks{}, dir: dir, log: &auditLog{path: filepath.Join(dir, AuditLog), max: MaxAudit}}
 	ops := map[string]service.Op{
 		service.OpHostInfo: service.HostInfo(dir),
-		service.OpList:     service.List(cfg.Lister),
+		service.OpList:     service.List(nil),
 		service.OpMark:     service.MarkOp(m.Marks),
 	}
 	maps.Copy(ops, cfg.Ops)
