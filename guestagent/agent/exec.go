@@ -310,14 +310,22 @@ type output struct {
 	tty bool
 }
 
+// hangupTime is how long a terminal may take to hang up after its session leader has
+// ended, which is at once on a machine that has time.
+const hangupTime = 2 * time.Second
+
 // finish is called after the command has ended. What it wrote is in the pipe by
 // then; a process that it left behind may hold the pipe open for ever, and is
-// not waited for. A terminal hangs up by itself when its session leader ends.
+// not waited for. A terminal hangs up by itself when its session leader ends, and
+// its last output may come until then; one that does not hang up is not waited for
+// either.
 func (o *output) finish() {
-	if !o.tty {
-		// The file is a pipe, which has deadlines.
-		_ = o.f.SetReadDeadline(time.Unix(1, 0))
+	end := time.Unix(1, 0)
+	if o.tty {
+		end = time.Now().Add(hangupTime)
 	}
+	// Pipes and terminals have deadlines; what is there afterwards is drained.
+	_ = o.f.SetReadDeadline(end)
 }
 
 // pump sends what the command writes until its end or until nobody wants it.
