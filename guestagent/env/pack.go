@@ -228,7 +228,11 @@ func (s Store) Unpack(in io.Reader, name string) (*Env, error) {
 		return nil, err
 	}
 	defer u.root.Close()
-	if err := u.all(); err != nil {
+	err = u.all()
+	if err == nil {
+		err = ends(z)
+	}
+	if err != nil {
 		if e := unix.Errno(0); errors.As(err, &e) {
 			return nil, err
 		}
@@ -258,6 +262,19 @@ func (s Store) Unpack(in io.Reader, name string) (*Env, error) {
 		return nil, err
 	}
 	return s.Open(m.Name)
+}
+
+// ends reads what follows the end of the tar archive: nothing but zeros, of which
+// tar programs write some, and the frame's own checksum, which covers headers, too.
+func ends(z io.Reader) error {
+	rest, err := io.ReadAll(io.LimitReader(z, 1<<20))
+	if err != nil {
+		return err
+	}
+	if len(bytes.Trim(rest, "\x00")) > 0 || len(rest) == 1<<20 {
+		return errors.New("something follows the archive")
+	}
+	return nil
 }
 
 type unpacker struct {
