@@ -268,6 +268,11 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	if err := admit(ctx, cfg.Name, f.policy()); err != nil {
 		return err
 	}
+	if s := pub.stateKeeper(); s != nil && len(cfg.Disks)+cfg.DiskSlots > 0 {
+		if err := keepLayers(ctx, &cfg); err != nil {
+			return fmt.Errorf("layers of the machine's disks: %w", err)
+		}
+	}
 	var r *requests
 	if !f.noPorts {
 		r = serveRequests(&cfg, pub.stateKeeper())

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/gondola-vmm/gondola/snapshot"
+	"github.com/gondola-vmm/gondola/snapshot/layers"
 	"github.com/gondola-vmm/gondola/snapshot/ports"
 	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm/control"
@@ -420,7 +421,7 @@ func stateRemoveCommand() *cobra.Command {
 					}
 					errs = append(errs, err)
 				}
-				return errors.Join(errs...)
+				return errors.Join(append(errs, layers.Collect(cmd.Context(), s))...)
 			})
 		},
 	}

@@ -126,6 +126,11 @@ type Config struct {
 	// of empty ones behind them, for AttachDisk.
 	Disks     []Disk
 	DiskSlots int
+	// DiskStates is the directory of the layers that saved states of the machine
+	// have of its disks, and of the temporary layers of those with COW; it is made
+	// when it is needed. "": a machine that writes disks cannot be saved, and
+	// temporary layers are in the directory for temporary files.
+	DiskStates string
 	// Net is the guest's network, nil for none.
 	Net *Network
 	// Devices are attached behind gondola's own.

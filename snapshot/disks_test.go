@@ -1,0 +1,132 @@
+package snapshot_test
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/gondola-vmm/gondola/devices/disk"
+	"github.com/gondola-vmm/gondola/guestagent/initramfs"
+	"github.com/gondola-vmm/gondola/snapshot"
+	"github.com/gondola-vmm/gondola/snapshot/layers"
+	"github.com/gondola-vmm/gondola/snapshot/store"
+	"github.com/gondola-vmm/gondola/vmm"
+	"github.com/gondola-vmm/gondola/vmm/guest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+)
+
+// ext4 makes an image with an empty file system.
+func ext4(t *testing.T, path string, size uint64) {
+	require.NoError(t, disk.CreateRaw(path, size))
+	mke2fs, err := exec.LookPath("mke2fs")
+	if err != nil {
+		mke2fs = "/sbin/mke2fs"
+	}
+	out, err := exec.Command(mke2fs, "-q", "-t", "ext4", "-F", path).CombinedOutput()
+	require.NoError(t, err, "mke2fs, of e2fsprogs: %s", out)
+}
+
+// A machine's state has its disks: a mounted file system goes back with the machine,
+// on two branches, while a program writes to it, and in another machine. Layers go
+// with their states.
+func TestLinuxDisks(t *testing.T) {
+	dir := t.TempDir()
+	base, user := filepath.Join(dir, "base.img"), filepath.Join(dir, "user.layer")
+	ext4(t, base, 16<<20)
+	before, err := os.ReadFile(base)
+	require.NoError(t, err)
+	require.NoError(t, disk.Create(user, base, 0))
+	s, err := store.Open(filepath.Join(dir, "states"), store.Options{Buffer: 64 << 20})
+	require.NoError(t, err)
+	defer s.Close()
+	boot := func() (*vmmtest.Guest, *snapshot.Manager) {
+		g := vmmtest.Boot(t, guest.Config{
+			Name: "disks", Userland: initramfs.UserlandBusybox, DiskStates: layers.Dir(s.Path()),
+			Disks: []guest.Disk{{Path: base, COW: true, Queues: 2}, {Path: user}},
+		})
+		return g, snapshot.New(snapshot.Config{VM: g.VM(), Store: s, Restored: g.Renew})
+	}
+	ctx := vmmtest.Context(t)
+	g, m := boot()
+	save := func(name string) {
+		t.Helper()
+		_, times, err := m.Save(ctx, snapshot.SaveOptions{Name: name})
+		require.NoError(t, err)
+		t.Logf("save %s: pause %v of %v", name, times.Pause, times.Total)
+	}
+	restore := func(name string) {
+		t.Helper()
+		_, times, err := m.Restore(ctx, name)
+		require.NoError(t, err)
+		t.Logf("restore %s: pause %v of %v", name, times.Pause, times.Total)
+	}
+	// What is read comes from the disks, not from the guest's memory.
+	const read = "sync; echo 3 >/proc/sys/vm/drop_caches; cat /a/f /b/f; md5sum /a/d | cut -c1-32; dd if=/dev/vda bs=64k 2>/dev/null >/dev/null"
+	g.Sh(t, "mkdir /a /b; mount -t ext4 /dev/vda /a; mount -t ext4 /dev/vdb /b; echo one >/a/f; echo uno >/b/f; head -c 3000000 /dev/urandom >/a/d")
+	first := g.Sh(t, read)
+	g.Sh(t, "(while :; do date >>/a/log; sync; done) </dev/null >/dev/null 2>&1 & echo $! >/tmp/pid; sleep 0.3")
+	save("one")
+	g.Sh(t, "kill $(cat /tmp/pid); echo two >/a/f; echo due >/b/f; head -c 3000000 /dev/urandom >/a/d; mkdir /a/new; sync")
+	second := g.Sh(t, read)
+	require.NotEqual(t, first, second)
+	save("two")
+	restore("one")
+	assert.Equal(t, first, g.Sh(t, read+"; test ! -e /a/new"))
+	g.Sh(t, "kill $(cat /tmp/pid); echo three >/a/f; sync")
+	save("three")
+	third := g.Sh(t, read)
+	for range 2 {
+		restore("two")
+		assert.Equal(t, second, g.Sh(t, read+"; test -d /a/new; echo lost >/a/f; sync"))
+		restore("three")
+		assert.Equal(t, third, g.Sh(t, read))
+	}
+	restore("one")
+	g.Sh(t, "kill $(cat /tmp/pid); umount /a; umount /b; sync; echo checked")
+	require.NoError(t, m.Close())
+	require.NoError(t, g.Close())
+
+	// Another machine, with a top of its own, goes on from a state.
+	g, m = boot()
+	restore("two")
+	assert.Equal(t, second, g.Sh(t, read))
+	g.Sh(t, "echo four >/a/f; echo quattro >/b/f; sync; umount /a; umount /b")
+	list := func() (n int) {
+		found, err := filepath.Glob(filepath.Join(layers.Dir(s.Path()), "*"))
+		require.NoError(t, err)
+		return len(found)
+	}
+	all := list()
+	require.NoError(t, s.Delete(ctx, "three"))
+	require.NoError(t, layers.Collect(ctx, s))
+	assert.Less(t, list(), all)
+	restore("one")
+	restore("two")
+	assert.Equal(t, second, g.Sh(t, read))
+	require.NoError(t, m.Close())
+	require.NoError(t, g.Close())
+	for _, name := range []string{"one", "two"} {
+		require.NoError(t, s.Delete(ctx, name))
+	}
+	require.NoError(t, layers.Collect(ctx, s))
+	now, err := os.ReadFile(base)
+	require.NoError(t, err)
+	assert.True(t, bytes.Equal(before, now), "the base was not written")
+	d, err := disk.Open(user, disk.Options{})
+	require.NoError(t, err, "the user's layer has what the machine wrote last")
+	require.NoError(t, d.Close())
+
+	// A disk without a layer cannot be part of a state.
+	g = vmmtest.Boot(t, guest.Config{Userland: initramfs.UserlandBusybox, Disks: []guest.Disk{{Path: base}}})
+	m = snapshot.New(snapshot.Config{VM: g.VM(), Store: s})
+	_, _, err = m.Save(ctx, snapshot.SaveOptions{Name: "none"})
+	require.ErrorIs(t, err, vmm.ErrNotSavable)
+	assert.ErrorContains(t, err, "cow")
+	g.Sh(t, "true")
+	require.NoError(t, m.Close())
+}
