@@ -15,7 +15,6 @@ import (
 	"github.com/gondola-vmm/gondola/snapshot"
 	"github.com/gondola-vmm/gondola/snapshot/layers"
 	"github.com/gondola-vmm/gondola/snapshot/store"
-	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
 )
@@ -120,13 +119,4 @@ func TestLinuxDisks(t *testing.T) {
 	d, err := disk.Open(user, disk.Options{})
 	require.NoError(t, err, "the user's layer has what the machine wrote last")
 	require.NoError(t, d.Close())
-
-	// A disk without a layer cannot be part of a state.
-	g = vmmtest.Boot(t, guest.Config{Userland: initramfs.UserlandBusybox, Disks: []guest.Disk{{Path: base}}})
-	m = snapshot.New(snapshot.Config{VM: g.VM(), Store: s})
-	_, _, err = m.Save(ctx, snapshot.SaveOptions{Name: "none"})
-	require.ErrorIs(t, err, vmm.ErrNotSavable)
-	assert.ErrorContains(t, err, "cow")
-	g.Sh(t, "true")
-	require.NoError(t, m.Close())
 }

@@ -103,8 +103,9 @@ written any more (docs/disk-layers.md). Files are locked while they are used.
 
 gondola run --disk PATH[,OPTION…] attaches a disk; the options are
   ro              read-only; several machines can use the file so
-  cow             what the guest writes goes to a temporary layer, PATH stays as
-                  it is; several machines can use the file so
+  cow             what the guest writes goes to a temporary layer, and to those of
+                  the machine's states; PATH stays as it is; several machines can
+                  use the file so
   serial=TEXT     serial number, at most 20 characters
   queues=N        request queues, 1 to 16
   block=BYTES     logical block size, 512 to 4096
