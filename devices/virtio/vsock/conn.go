@@ -194,12 +194,15 @@ func (c *conn) toGuest() {
 	for {
 		d.mu.Lock()
 		for c.state == open && c.due&(1<<opReset) == 0 && c.guestShut&noReceive == 0 && (len(c.out) > 0 || c.credit() == 0) {
-			if len(c.out) == 0 && !c.asking {
+			switch {
+			case c.credit() == 0 && !c.asking:
 				c.asking = true
 				d.send(c, opCreditRequest)
-			}
-			if len(c.out) > 0 && c.credit() > 0 && !c.queued {
-				d.queue(c)
+			case c.credit() > 0:
+				c.asking = false
+				if !c.queued {
+					d.queue(c)
+				}
 			}
 			c.cond.Wait()
 		}
