@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"strconv"
 	"strings"
 
 	"github.com/gondola-vmm/gondola/devices/usernet"
+	"github.com/gondola-vmm/gondola/devices/virtio/vsock"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 )
 
@@ -82,4 +84,24 @@ func parseForward(s string) (usernet.Forward, error) {
 		return usernet.Forward{}, bad
 	}
 	return usernet.Forward{Host: at, Guest: uint16(to)}, nil
+}
+
+// parseVsock reads CID[,path=PATH].
+func parseVsock(s string) (*guest.Vsock, error) {
+	cid, rest, _ := strings.Cut(s, ",")
+	n, err := strconv.ParseUint(cid, 10, 32)
+	if err != nil || n < vsock.MinCID || n > vsock.MaxCID {
+		return nil, fmt.Errorf("%q: want a CID of %d to %d", cid, vsock.MinCID, uint64(vsock.MaxCID))
+	}
+	v := &guest.Vsock{CID: uint32(n)}
+	if rest != "" {
+		path, ok := strings.CutPrefix(rest, "path=")
+		if !ok || path == "" {
+			return nil, fmt.Errorf("%q: the one option is path=PATH", rest)
+		}
+		if v.Path, err = filepath.Abs(path); err != nil {
+			return nil, err
+		}
+	}
+	return v, nil
 }

@@ -43,6 +43,7 @@ type runFlags struct {
 	diskSlots                     int
 	net                           string
 	ports                         []string
+	vsock                         string
 	detach, named                 bool // named: with --name
 	noBalloon                     bool
 	shares                        uint64
@@ -87,6 +88,7 @@ shows them, --no-host-cmdline leaves them out.`,
   echo 'ps; mount' | gondola run
   gondola run --disk root.img,cow --disk data.img,serial=data -- mount -t ext4 /dev/vda /mnt
   gondola run --net user -p 8080:80 -- httpd -f
+  gondola run --vsock 3,path=/tmp/dev.vsock -d --name dev
   gondola run --kernel vmlinuz --console serial`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -109,6 +111,7 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.IntVar(&f.diskSlots, "disk-slots", 0, "empty disks behind them, for gondola disk attach")
 	fl.StringVar(&f.net, "net", "none", "network: user[,host] needs no privileges, tap:NAME[,ip=…,gw=…,dns=…], or none; also mac=, mtu= and limits as for disks")
 	fl.StringArrayVarP(&f.ports, "publish", "p", nil, "make a TCP port of the guest reachable on the host, [ADDRESS:]HOST:GUEST; --net user if no other is given (repeatable)")
+	fl.StringVar(&f.vsock, "vsock", "", "virtio sockets, CID[,path=PATH]: programs on the host connect to the UNIX socket PATH (default: see gondola info) and say CONNECT port, those in the guest reach PATH_port")
 	f.register(c)
 	fl.BoolVarP(&f.detach, "detach", "d", false, "run in the background: print the machine's name when its agent answers")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show the kernel's messages on standard error")
@@ -202,6 +205,11 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 		}
 		cfg.Net.Forwards = append(cfg.Net.Forwards, p)
 	}
+	if f.vsock != "" {
+		if cfg.Vsock, err = parseVsock(f.vsock); err != nil {
+			return cfg, usageError{fmt.Errorf("--vsock %w", err)}
+		}
+	}
 	if err := f.check(); err != nil {
 		return cfg, err
 	}
@@ -265,6 +273,11 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer pub.Close()
+	if v := cfg.Vsock; v != nil && v.Path == "" {
+		if v.Path = pub.vsockPath(cfg.Name); v.Path == "" {
+			return errors.New("--vsock: the machine has no directory for its socket: give path=PATH")
+		}
+	}
 	if err := admit(ctx, cfg.Name, f.policy()); err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package guest
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/gondola-vmm/gondola/devices/disk"
@@ -174,7 +175,7 @@ func (g *Guest) Devices() []iostat.Info {
 		}
 		list = append(list, i)
 	}
-	return append(list, g.netInfo()...)
+	return slices.Concat(list, g.netInfo(), g.vsockInfo())
 }
 
 // Limiter has the rate limits of a device, which may be changed at any time.

@@ -28,6 +28,7 @@ import (
 	"github.com/gondola-vmm/gondola/devices/virtio/console"
 	"github.com/gondola-vmm/gondola/devices/virtio/net"
 	"github.com/gondola-vmm/gondola/devices/virtio/rng"
+	"github.com/gondola-vmm/gondola/devices/virtio/vsock"
 	"github.com/gondola-vmm/gondola/firmware"
 	"github.com/gondola-vmm/gondola/firmware/guestkernel"
 	"github.com/gondola-vmm/gondola/guestagent"
@@ -133,6 +134,8 @@ type Config struct {
 	DiskStates string
 	// Net is the guest's network, nil for none.
 	Net *Network
+	// Vsock gives the guest virtio sockets, nil for none.
+	Vsock *Vsock
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
 	// Agent is the content of the agent's binary; nil: package agentbin finds
@@ -172,6 +175,8 @@ type Guest struct {
 	net     *net.Device // nil: no network
 	netKind string
 	user    *usernet.Network // nil: another network
+
+	vsock *vsock.Device // nil: none
 
 	generation atomic.Pointer[[]byte]
 
@@ -263,6 +268,12 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	}
 	if g.net != nil {
 		devices = append(devices, vmm.Virtio{Name: "virtio net", Device: g.net})
+	}
+	if err := g.openVsock(cfg.Vsock); err != nil {
+		return nil, err
+	}
+	if g.vsock != nil {
+		devices = append(devices, vmm.Virtio{Name: "virtio vsock", Device: g.vsock})
 	}
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
@@ -574,6 +585,9 @@ func (g *Guest) Close() error {
 			errs = append(errs, g.con.Close(), g.closeDisks())
 			if g.net != nil {
 				errs = append(errs, g.net.Close())
+			}
+			if g.vsock != nil {
+				errs = append(errs, g.vsock.Close())
 			}
 		}
 		if g.agent != nil {
