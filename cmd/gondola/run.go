@@ -109,8 +109,8 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.StringArrayVar(&f.copies, "copy", nil, "copy HOST[:GUEST], a file or directory, into the guest (repeatable)")
 	fl.StringArrayVar(&f.disks, "disk", nil, "attach a disk, PATH[,OPTION…], see gondola disk (repeatable)")
 	fl.IntVar(&f.diskSlots, "disk-slots", 0, "empty disks behind them, for gondola disk attach")
-	fl.StringVar(&f.net, "net", "none", "network: user[,host] needs no privileges, tap:NAME[,ip=…,gw=…,dns=…], or none; also mac=, mtu= and limits as for disks")
-	fl.StringArrayVarP(&f.ports, "publish", "p", nil, "make a TCP port of the guest reachable on the host, [ADDRESS:]HOST:GUEST; --net user if no other is given (repeatable)")
+	fl.StringVar(&f.net, "net", "none", "network: user[,host] needs no privileges, private:NAME connects the machines that name it, tap:NAME is an interface of the host, or none; also ip=, gw=, dns= (but for user), mac=, mtu=, link=down and limits as for disks")
+	fl.StringArrayVarP(&f.ports, "publish", "p", nil, "make a port of the guest reachable on the host, [ADDRESS:]HOST:GUEST[/udp]; --net user if no other is given (repeatable)")
 	fl.StringVar(&f.vsock, "vsock", "", "virtio sockets, CID[,path=PATH]: programs on the host connect to the UNIX socket PATH (default: see gondola info) and say CONNECT port, those in the guest reach PATH_port")
 	f.register(c)
 	fl.BoolVarP(&f.detach, "detach", "d", false, "run in the background: print the machine's name when its agent answers")
@@ -200,8 +200,8 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 		if err != nil {
 			return cfg, usageError{fmt.Errorf("--publish %w", err)}
 		}
-		if cfg.Net.Tap != "" {
-			return cfg, usageError{errors.New("--publish is for --net user: a TAP interface's guest has an address of its own")}
+		if cfg.Net.Tap != "" || cfg.Net.Private != "" {
+			return cfg, usageError{errors.New("--publish is for --net user: on other networks the guest has an address of its own")}
 		}
 		cfg.Net.Forwards = append(cfg.Net.Forwards, p)
 	}
@@ -273,6 +273,9 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer pub.Close()
+	if cfg.Net != nil && cfg.Net.Private != "" {
+		privateNet(cfg.Net, cfg.Name)
+	}
 	if v := cfg.Vsock; v != nil && v.Path == "" {
 		if v.Path = pub.vsockPath(cfg.Name); v.Path == "" {
 			return errors.New("--vsock: the machine has no directory for its socket: give path=PATH")
