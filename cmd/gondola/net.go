@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/spf13/cobra"
+
 	"github.com/gondola-vmm/gondola/devices/usernet"
 	"github.com/gondola-vmm/gondola/devices/virtio/vsock"
 	"github.com/gondola-vmm/gondola/vmm/control"
@@ -112,6 +114,39 @@ func parseForward(s string) (usernet.Forward, error) {
 		return usernet.Forward{}, bad
 	}
 	return usernet.Forward{Host: at, Guest: uint16(to), UDP: proto == "udp"}, nil
+}
+
+func linkCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "link NAME up|down",
+		Short: "Plug the cable of a machine's network in or out",
+		Long: `Plug the cable of a running machine's network in or out: the guest sees the
+carrier of eth0 come and go. Frames are lost while it is out.`,
+		Example: "  gondola link dev down",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 2 || args[1] != "up" && args[1] != "down" {
+				return usageError{errors.New("gondola link takes the machine's name, and up or down")}
+			}
+			return nil
+		},
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 1 {
+				return []string{"up", "down"}, cobra.ShellCompDirectiveNoFileComp
+			}
+			return completeMachine(cmd, args, word)
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := dial(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if err := c.SetLink(cmd.Context(), args[1] == "up"); err != nil {
+				return fmt.Errorf("machine %s: %w", args[0], err)
+			}
+			return nil
+		},
+	}
 }
 
 // parseVsock reads CID[,path=PATH].
