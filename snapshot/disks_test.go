@@ -2,10 +2,15 @@ package snapshot_test
 
 import (
 	"bytes"
+	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -119,4 +124,59 @@ func TestLinuxDisks(t *testing.T) {
 	d, err := disk.Open(user, disk.Options{})
 	require.NoError(t, err, "the user's layer has what the machine wrote last")
 	require.NoError(t, d.Close())
+}
+
+// A program writes files and reads them back from the disk without end, while the
+// machine is saved and put back to one state or another: nothing is lost or mixed up.
+func TestLinuxDiskVerify(t *testing.T) {
+	dir := t.TempDir()
+	base := filepath.Join(dir, "base.img")
+	ext4(t, base, 16<<20)
+	s, err := store.Open(filepath.Join(dir, "states"), store.Options{Buffer: 64 << 20})
+	require.NoError(t, err)
+	defer s.Close()
+	g := vmmtest.Boot(t, guest.Config{
+		Name: "verify", DiskStates: layers.Dir(s.Path()), Disks: []guest.Disk{{Path: base, COW: true}},
+	})
+	m := snapshot.New(snapshot.Config{VM: g.VM(), Store: s, Restored: g.Renew})
+	defer m.Close()
+	ctx := vmmtest.Context(t)
+	g.Sh(t, `mkdir /a; mount -t ext4 /dev/vda /a; echo 0 >/tmp/n
+cat >/tmp/verify <<'END'
+n=0
+while :; do
+	n=$((n+1)); f=/a/f$((n%8))
+	head -c 100000 /dev/urandom >/tmp/x; cp /tmp/x $f; md5sum </tmp/x >$f.sum
+	sync; echo 1 >/proc/sys/vm/drop_caches
+	for g in /a/f?; do [ "$(md5sum <$g)" = "$(cat $g.sum)" ] || echo $g of round $n >>/tmp/bad; done
+	echo $n >/tmp/m; mv /tmp/m /tmp/n
+done
+END
+sh /tmp/verify </dev/null >/dev/null 2>&1 &`)
+	round := func() int {
+		t.Helper()
+		n, err := strconv.Atoi(strings.TrimSpace(g.Sh(t, "cat /tmp/bad 2>/dev/null; cat /tmp/n")))
+		require.NoError(t, err, "the files that were not what they should be")
+		return n
+	}
+	r := rand.New(rand.NewPCG(5, 6))
+	saved := map[string]int{}
+	for i := range 8 {
+		name := fmt.Sprint("s", i)
+		before := round()
+		_, _, err := m.Save(ctx, snapshot.SaveOptions{Name: name})
+		require.NoError(t, err)
+		saved[name] = before
+		begin := time.Now()
+		for round() < before+2 && time.Since(begin) < 30*time.Second {
+			time.Sleep(20 * time.Millisecond)
+		}
+		name = fmt.Sprint("s", r.IntN(i+1))
+		_, _, err = m.Restore(ctx, name)
+		require.NoError(t, err)
+		assert.GreaterOrEqual(t, round(), saved[name])
+	}
+	t.Logf("rounds at each save: %v", saved)
+	g.Sh(t, "test ! -e /tmp/bad; kill $(pgrep -f /tmp/verify); sync; umount /a; ! dmesg | grep -i 'ext4.*error'")
+	require.NoError(t, m.Close())
 }
