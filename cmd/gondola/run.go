@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -288,6 +289,7 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 		if err := keepLayers(ctx, &cfg); err != nil {
 			return fmt.Errorf("layers of the machine's disks: %w", err)
 		}
+		defer os.Remove(filepath.Dir(cfg.DiskStates)) // fails if there are states
 	}
 	var r *requests
 	if !f.noPorts {

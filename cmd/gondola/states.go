@@ -78,7 +78,7 @@ func openStates(machine string, make bool) (*store.Store, error) {
 func keepLayers(ctx context.Context, cfg *guest.Config) error {
 	dir, err := statesDir(cfg.Name)
 	if err != nil {
-		return err
+		return nil // no states, and temporary layers where temporary files are
 	}
 	cfg.DiskStates = layers.Dir(dir)
 	if _, err := os.Stat(cfg.DiskStates); err != nil {

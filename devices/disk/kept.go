@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -377,6 +378,9 @@ func (s *Staged) Commit() {
 	_ = old.Close() // of files that nobody needs any more
 }
 
+// youth is how long a machine may take to lock a layer that it has just made.
+const youth = 10 * time.Second
+
 // Collect removes the layers in a directory of states that no state needs and no
 // process has open. needed says which ones states need; if it fails nothing is
 // removed. It is called again when a layer is locked: a machine that was saving
@@ -410,7 +414,7 @@ func Collect(states string, needed func() (map[ID]bool, error)) error {
 			if keep[id] {
 				continue
 			}
-		} else if !strings.HasPrefix(name, scratchPrefix) {
+		} else if fi, err := e.Info(); err != nil || !strings.HasPrefix(name, scratchPrefix) || time.Since(fi.ModTime()) < youth {
 			continue
 		}
 		errs = append(errs, collect(filepath.Join(states, e.Name()), id, isState, needed))

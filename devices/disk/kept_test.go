@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -120,6 +121,27 @@ func TestStates(t *testing.T) {
 		assert.NoDirExists(t, dir, "all is gone")
 		assert.Equal(t, []string{base}, files(t, filepath.Dir(base)))
 	}
+}
+
+// What a killed machine leaves is removed; what a machine has just made is not.
+func TestLeftOver(t *testing.T) {
+	base, _ := rawFile(t, 64<<10)
+	dir := filepath.Join(t.TempDir(), "disks")
+	d, err := disk.Scratch(base, disk.Options{States: dir})
+	require.NoError(t, err)
+	old := time.Now().Add(-time.Hour)
+	for _, name := range []string{"run-1234.layer", "run-5678.layer", "else.layer", "other"} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), nil, 0o600))
+		if name != "run-5678.layer" {
+			require.NoError(t, os.Chtimes(filepath.Join(dir, name), old, old))
+		}
+	}
+	path, temporary := d.Path()
+	assert.True(t, temporary)
+	require.NoError(t, os.Chtimes(path, old, old))
+	require.NoError(t, disk.Collect(dir, none))
+	assert.ElementsMatch(t, []string{path, filepath.Join(dir, "run-5678.layer"), filepath.Join(dir, "else.layer"), filepath.Join(dir, "other")}, files(t, dir))
+	require.NoError(t, d.Close())
 }
 
 func TestNotKept(t *testing.T) {
