@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -296,6 +297,7 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 		r = serveRequests(&cfg, pub.stateKeeper())
 		defer r.Close()
 	}
+	moreProcs(f.cpus)
 	g, err := guest.Start(ctx, cfg)
 	if err != nil {
 		return f.cause(ctx, err)
@@ -311,6 +313,16 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	f.report(g)
 	return f.cause(ctx, err)
+}
+
+// moreProcs lets devices run beside vCPUs on hosts with few processors. A thread in
+// KVM_RUN keeps its place among those that GOMAXPROCS allows until the Go runtime
+// notices, which takes it up to 10 ms, and so long a request would wait
+// (docs/host.md). $GOMAXPROCS overrides it.
+func moreProcs(vcpus int) {
+	if _, set := os.LookupEnv("GOMAXPROCS"); !set && runtime.GOMAXPROCS(0) < vcpus+2 {
+		runtime.GOMAXPROCS(vcpus + 2)
+	}
 }
 
 // cause turns the error of an interrupted run into what interrupted it.

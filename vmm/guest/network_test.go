@@ -115,7 +115,7 @@ func TestGuestPrivateNetwork(t *testing.T) {
 	assert.Contains(t, a.Sh(t, "ping -c 1 -w 2 10.9.0.2 || echo lost"), "lost", "the cable is out")
 	require.NoError(t, b.SetLink(true))
 	a.Sh(t, "ping -c 2 -w 30 10.9.0.2")
-	b.Sh(t, "(nc -l -p 7 >/tmp/data </dev/null; touch /tmp/done) >/dev/null 2>&1 & i=0; while ! netstat -ltn 2>/dev/null | grep -q :7; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done")
+	b.Sh(t, "mkfifo /tmp/open; (nc -l -p 7 >/tmp/data <>/tmp/open; touch /tmp/done) >/dev/null 2>&1 & i=0; while ! netstat -ltn 2>/dev/null | grep -q :7; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done")
 	begin := time.Now()
 	sum := a.Sh(t, "head -c 4000000 /dev/urandom >/tmp/data; nc 10.9.0.2 7 </tmp/data; md5sum /tmp/data")
 	assert.Equal(t, sum, b.Sh(t, "i=0; while [ ! -e /tmp/done ]; do i=$((i+1)); [ $i -lt 400 ] || exit 1; sleep 0.05; done; md5sum /tmp/data"))
