@@ -215,7 +215,7 @@ rules:
 	// Live: the next call sees it.
 	require.NoError(t, e.Store.cli(t, "add", "rules", w.base+"/a"))
 	var text bytes.Buffer
-	require.NoError(t, e.explain(&text, w.base+"/d/x", "", "read", ""))
+	require.NoError(t, e.explain(&text, w.base+"/d/x", "", "read", "", false))
 	assert.Contains(t, text.String(), "outcome   environment")
 	assert.Contains(t, text.String(), "real name "+e.Dir+"/root"+w.base+"/d/x")
 	list, err := e.Catalog()

@@ -50,7 +50,7 @@ func Prefix(dir string) string {
 const (
 	Tree = "root"
 	Work = "work"
-	jail = "jail"
+	Jail = "jail"
 )
 
 // Errors, for errors.Is.
@@ -225,7 +225,7 @@ func Protect(dir string) error {
 	if parent, err := os.Readlink("/proc/" + itoa(os.Getppid()) + "/ns/mnt"); err != nil || parent == own {
 		return fail("name space", errors.New("not one of its own: only run starts this"))
 	}
-	jail := filepath.Join(dir, jail)
+	jail := filepath.Join(dir, Jail)
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fail("private mounts", err)
 	}
@@ -249,7 +249,7 @@ func Protect(dir string) error {
 func newSupervisor(c *Config) (*Supervisor, error) {
 	s := &Supervisor{
 		space: table.Space{Root: filepath.Join(c.Dir, Tree), Prefix: Prefix(c.Dir)},
-		store: c.Store, jail: filepath.Join(c.Dir, jail), live: c.Table, note: c.Note,
+		store: c.Store, jail: filepath.Join(c.Dir, Jail), live: c.Table, note: c.Note,
 	}
 	s.exec.interp, s.exec.pending = map[string]devIno{}, map[int]bool{}
 	m, err := os.ReadFile("/proc/self/uid_map")
