@@ -57,7 +57,11 @@ var errUsage = errors.New("see gondola-agent env help")
 // Main is gondola-agent env. It returns the exit code: 0, 1 for errors, 2 for a
 // wrong command line, and that of the program for run.
 func Main(args []string) int {
-	code, err := command(args, os.Stdout)
+	s, err := DefaultStore()
+	code := 0
+	if err == nil {
+		code, err = command(s, args, os.Stdout)
+	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "gondola-env: %v\n", err)
 		if errors.Is(err, errUsage) {
@@ -68,7 +72,7 @@ func Main(args []string) int {
 	return code
 }
 
-func command(args []string, out io.Writer) (int, error) {
+func command(s Store, args []string, out io.Writer) (int, error) {
 	if len(args) == 0 || args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
 		_, err := io.WriteString(out, usage)
 		if len(args) == 0 {
@@ -118,10 +122,7 @@ func command(args []string, out io.Writer) (int, error) {
 		return 2, bad
 	}
 	args = fl.Args()
-	s, err := DefaultStore()
-	if err != nil {
-		return 0, err
-	}
+	var err error
 	if name == "ls" {
 		return 0, s.ls(out, *asJSON)
 	}

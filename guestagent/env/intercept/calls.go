@@ -185,6 +185,9 @@ func (w *worker) ready(p *place, content bool) error {
 	case p.dec.Outcome == table.Pass:
 		return unix.EROFS
 	}
+	if w.s.tooLong(p.virt) {
+		return unix.ENAMETOOLONG
+	}
 	if err := w.asRoot(func() error { return w.s.copyUp(p.virt, content) }); err != nil {
 		return err
 	}
@@ -195,11 +198,18 @@ func (w *worker) ready(p *place, content bool) error {
 	return nil
 }
 
+// tooLong says whether the kernel could not tell the real name of an object in the
+// environment any more, so that it could not be worked in.
+func (s *Supervisor) tooLong(virt string) bool { return len(s.space.Root)+len(virt) >= table.MaxName }
+
 // room prepares the directory of a new place, and the name itself. The caller
 // holds the tree.
 func (w *worker) room(p *place) error {
 	if p.parent.pass || p.dec.Outcome == table.Pass {
 		return unix.EROFS
+	}
+	if w.s.tooLong(p.virt) {
+		return unix.ENAMETOOLONG
 	}
 	dec := w.s.live.Load().Decide(table.Request{Type: table.File, Name: p.virt, Action: table.Create, Program: w.prog(w.s.live.Load())})
 	if dec.Outcome == table.Refuse {
