@@ -59,24 +59,29 @@ func TestFileSemantics(t *testing.T) {
 // TestTreeSemantics: names do what they do outside.
 func TestTreeSemantics(t *testing.T) {
 	w := newWorld(t)
-	e := w.create("tree", "")
 	plain := filepath.Join(filepath.Dir(w.base), "plain")
-	out, err := exec.Command("cp", "-a", w.base, plain).CombinedOutput()
-	require.NoError(t, err, string(out))
-	require.NoError(t, os.Remove(plain+"/dirlink"))
-	require.NoError(t, os.Symlink(plain+"/d", plain+"/dirlink"))
-	want, err := exec.Command(w.self(), "helper", "tree", plain).Output()
-	require.NoError(t, err)
-	got, err := w.run(e, w.self(), "helper", "tree", w.base)
-	require.NoError(t, err, got)
-	a, b := strings.Split(strings.ReplaceAll(string(want), plain, w.base), "\n"), strings.Split(got, "\n")
-	for i := range min(len(a), len(b)) {
-		if !assert.Equal(t, a[i], b[i], "line %d", i) {
-			break
+	for seed := range treeSeeds {
+		e := w.create(fmt.Sprint("tree", seed), "")
+		require.NoError(t, os.RemoveAll(plain))
+		out, err := exec.Command("cp", "-a", w.base, plain).CombinedOutput()
+		require.NoError(t, err, string(out))
+		require.NoError(t, os.Remove(plain+"/dirlink"))
+		require.NoError(t, os.Symlink(plain+"/d", plain+"/dirlink"))
+		want, err := exec.Command(w.self(), "helper", "tree", plain, fmt.Sprint(seed)).Output()
+		require.NoError(t, err)
+		got, err := w.run(e, w.self(), "helper", "tree", w.base, fmt.Sprint(seed))
+		require.NoError(t, err, got)
+		a, b := strings.Split(strings.ReplaceAll(string(want), plain, w.base), "\n"), strings.Split(got, "\n")
+		for i := range min(len(a), len(b)) {
+			if !assert.Equal(t, a[i], b[i], "seed %d, line %d", seed, i) {
+				break
+			}
 		}
+		assert.Len(t, b, len(a))
 	}
-	assert.Len(t, b, len(a))
 }
+
+const treeSeeds = 2
 
 // TestSwap: what other environments and the store hold cannot be reached through a
 // directory that becomes a symbolic link.

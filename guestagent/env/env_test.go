@@ -660,7 +660,7 @@ func helper(args []string) int {
 	case "fsx":
 		return fsx(args[1])
 	case "tree":
-		return tree(args[1])
+		return tree(args[1], args[2])
 	case "forkbomb":
 		return forkbomb()
 	case "swap":

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -458,8 +459,9 @@ func fsx(file string) int {
 // tree does random things with the names below a directory and prints what came
 // of each and what there is at the end. The test compares that with another
 // directory of the same content, outside.
-func tree(dir string) int {
-	r := rand.New(rand.NewPCG(3, 4))
+func tree(dir, seed string) int {
+	n, _ := strconv.ParseUint(seed, 10, 64)
+	r := rand.New(rand.NewPCG(n, 4))
 	if err := os.Chdir(dir); err != nil {
 		fmt.Println(err)
 		return 1

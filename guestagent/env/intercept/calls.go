@@ -367,10 +367,10 @@ func (w *worker) link(olddir int32, oldaddr uint64, newdir int32, newaddr, flags
 	if !old.exists() {
 		return 0, unix.ENOENT
 	}
-	if old.isDir() {
-		return 0, unix.EPERM
-	}
 	return w.createAs(newdir, newaddr, false, func(p *place) error {
+		if old.isDir() {
+			return unix.EPERM
+		}
 		if err := w.ready(old, true); err != nil {
 			return err
 		}
@@ -1038,6 +1038,8 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 			return err
 		}
 		switch {
+		case old.dots || p.dots:
+			return unix.EBUSY
 		case !old.exists():
 			return unix.ENOENT
 		case old.layer == magic || p.layer == magic:
@@ -1048,8 +1050,6 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 			return unix.EROFS
 		case p.exists() && flags&unix.RENAME_NOREPLACE != 0:
 			return unix.EEXIST
-		case old.dots || p.dots:
-			return unix.EBUSY
 		case old.virt == p.virt:
 			return nil
 		case strings.HasPrefix(p.virt, old.virt+"/"):
