@@ -38,7 +38,38 @@ func TestMain(m *testing.M) {
 			os.Exit(helper(os.Args[2:]))
 		}
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if plain.file != "" {
+		_ = os.Remove(plain.file)
+	}
+	os.Exit(code)
+}
+
+// plain is this program without the race detector, which makes each of the many
+// short processes of these tests ten times as slow. TestRaces runs with it.
+var plain struct {
+	once sync.Once
+	file string
+	err  error
+}
+
+func program(t testing.TB) string {
+	exe, err := os.Executable()
+	require.NoError(t, err)
+	if !underRace {
+		return exe
+	}
+	plain.once.Do(func() {
+		cmd := exec.Command("go", "test", "-c", "-o", exe+".plain", ".")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+		var out []byte
+		if out, plain.err = cmd.CombinedOutput(); plain.err != nil {
+			plain.err = fmt.Errorf("%w: %s", plain.err, out)
+		}
+		plain.file = exe + ".plain"
+	})
+	require.NoError(t, plain.err)
+	return plain.file
 }
 
 // world is a base of its own to look at, and a store.
@@ -47,6 +78,7 @@ type world struct {
 	base  string
 	store Store
 	sum   string
+	exe   string // runs environments, and inside of them
 }
 
 func newWorld(t *testing.T) *world {
@@ -59,7 +91,7 @@ func newWorld(t *testing.T) *world {
 	dir, err = filepath.Abs(dir)
 	require.NoError(t, err)
 	require.NoError(t, os.Chmod(dir, 0o755))
-	w := &world{t: t, base: filepath.Join(dir, "base"), store: Store{filepath.Join(dir, "envs")}}
+	w := &world{t: t, exe: program(t), base: filepath.Join(dir, "base"), store: Store{filepath.Join(dir, "envs")}}
 	for name, text := range map[string]string{"a": "a\n", "b": "b\n", "d/x": "x\n", "d/y": "y\n", "d/deep/er/z": "z\n", "conf/app": "one\n", "script": "#!/bin/sh -e\necho \"$0 $1\"\n"} {
 		p := filepath.Join(w.base, name)
 		require.NoError(t, os.MkdirAll(filepath.Dir(p), 0o755))
@@ -107,7 +139,7 @@ func (w *world) create(name, table string) *Env {
 }
 
 func (w *world) command(e *Env, args ...string) *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe", append([]string{"run", "--dir", w.base, e.Name, "--"}, args...)...)
+	cmd := exec.Command(w.exe, append([]string{"run", "--dir", w.base, e.Name, "--"}, args...)...)
 	cmd.Env = append(os.Environ(), StoreVariable+"="+w.store.Dir)
 	return cmd
 }
@@ -117,7 +149,7 @@ func (w *world) run(e *Env, args ...string) (string, error) {
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	require.NoError(w.t, cmd.Start())
-	timer := time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() })
+	timer := time.AfterFunc(100*time.Second, func() { _ = cmd.Process.Kill() })
 	defer timer.Stop()
 	err := cmd.Wait()
 	return out.String(), err
@@ -148,13 +180,11 @@ func (w *world) shAll(e *Env, cases [][2]string) {
 
 // self is this program where environments see it.
 func (w *world) self() string {
-	p, err := os.Executable()
-	require.NoError(w.t, err)
 	to := filepath.Join(filepath.Dir(w.base), "helper")
 	if _, err := os.Stat(to); err == nil {
 		return to
 	}
-	b, err := os.ReadFile(p)
+	b, err := os.ReadFile(w.exe)
 	require.NoError(w.t, err)
 	require.NoError(w.t, os.WriteFile(to, b, 0o755))
 	return to
@@ -302,6 +332,9 @@ func TestBigDirectory(t *testing.T) {
 // TestRaces lets threads change names under the supervisor's eyes.
 func TestRaces(t *testing.T) {
 	w := newWorld(t)
+	exe, err := os.Executable()
+	require.NoError(t, err)
+	w.exe = exe
 	e := w.create("race", fmt.Sprintf("version: 1\nfet: [/]\nfit: [/tmp]\nrules:\n- {name: %[1]s/b, refuse: EACCES}\n- {name: /dev/**, pass: true}\n- {name: /proc/**, pass: true}\n", w.base))
 	out, err := w.run(e, w.self(), "helper", "race", w.base)
 	require.NoError(t, err, out)
