@@ -21,6 +21,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/stretchr/testify/assert"
@@ -87,7 +88,7 @@ func newWorld(t *testing.T) *world {
 	// Not below /tmp, which is every environment's own.
 	dir, err := os.MkdirTemp(".", ".test-")
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, os.RemoveAll(dir)) })
+	t.Cleanup(func() { assert.NoError(t, exec.Command("rm", "-rf", dir).Run()) }) // faster than os.RemoveAll for 10⁵ names
 	dir, err = filepath.Abs(dir)
 	require.NoError(t, err)
 	require.NoError(t, os.Chmod(dir, 0o755))
@@ -108,7 +109,7 @@ func newWorld(t *testing.T) *world {
 // hashTree covers names, properties, times and contents.
 func hashTree(t *testing.T, dir string) string {
 	h := sha256.New()
-	require.NoError(t, filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+	require.NoError(t, filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -116,8 +117,9 @@ func hashTree(t *testing.T, dir string) string {
 		if err := unix.Lstat(p, &st); err != nil {
 			return err
 		}
-		fmt.Fprintln(h, p, st.Mode, st.Uid, st.Gid, st.Size, st.Ino, st.Nlink, st.Mtim, st.Ctim)
-		if d.Type().IsRegular() {
+		st.Atim = unix.Timespec{}
+		h.Write(append([]byte(p), unsafe.Slice((*byte)(unsafe.Pointer(&st)), unsafe.Sizeof(st))...))
+		if st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size > 0 {
 			b, err := os.ReadFile(p)
 			h.Write(b)
 			return err
