@@ -250,14 +250,8 @@ disk attached with ro looks writable to the guest, and writing it fails.`,
 		},
 		ValidArgsFunction: completeMachineThenFile,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			d, err := parseDisk(args[1])
+			d, err := diskToAttach(args[1])
 			if err != nil {
-				return usageError{err}
-			}
-			if d.Queues != 0 || d.BlockSize != 0 {
-				return usageError{fmt.Errorf("%s: queues and block are the slot's", args[1])}
-			}
-			if d.Path, err = filepath.Abs(d.Path); err != nil {
 				return err
 			}
 			c, err := dial(cmd.Context(), args[0])
@@ -265,7 +259,7 @@ disk attached with ro looks writable to the guest, and writing it fails.`,
 				return err
 			}
 			defer c.Close()
-			name, err := c.AttachDisk(cmd.Context(), control.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Serial: d.Serial, Limits: d.Limits})
+			name, err := c.AttachDisk(cmd.Context(), d)
 			if err != nil {
 				return fmt.Errorf("machine %s: %w", args[0], err)
 			}
@@ -273,6 +267,21 @@ disk attached with ro looks writable to the guest, and writing it fails.`,
 			return err
 		},
 	}
+}
+
+// diskToAttach reads PATH[,OPTION…] of a disk for a slot.
+func diskToAttach(s string) (control.Disk, error) {
+	d, err := parseDisk(s)
+	if err != nil {
+		return control.Disk{}, usageError{err}
+	}
+	if d.Queues != 0 || d.BlockSize != 0 {
+		return control.Disk{}, usageError{fmt.Errorf("%s: queues and block are the slot's", s)}
+	}
+	if d.Path, err = filepath.Abs(d.Path); err != nil {
+		return control.Disk{}, err
+	}
+	return control.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Serial: d.Serial, Limits: d.Limits}, nil
 }
 
 func completeMachineThenFile(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {

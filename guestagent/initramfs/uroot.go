@@ -59,4 +59,3 @@ func goEnv(ctx context.Context) (map[string]string, error) {
 	var env map[string]string
 	return env, json.Unmarshal(out, &env)
 }
-

@@ -1,8 +1,8 @@
 //go:build embed_agent
 
-// Package agentbin carries the guest agent's binary inside gondola. The Makefile
-// builds cmd/gondola-agent into this directory first and then gondola with the
-// build tag embed_agent; without the tag there is none.
+// Package agentbin carries the guest's binaries inside gondola. The Makefile
+// builds cmd/gondola-agent and cmd/gondola-env into this directory first and then
+// gondola with the build tag embed_agent; without the tag there are none.
 package agentbin
 
 import (
@@ -10,11 +10,17 @@ import (
 	"unsafe"
 )
 
-// A string, unlike a slice, lies in memory that is never written, which a machine
-// gives back when it has started.
+// Strings, unlike slices, lie in memory that is never written, which a machine gives
+// back when it has started.
 //
 //go:embed gondola-agent
-var binary string
+var agent string
 
-// Bytes is the binary, nil if gondola was built without it. It cannot be written.
-var Bytes = unsafe.Slice(unsafe.StringData(binary), len(binary))
+//go:embed gondola-env
+var envTool string
+
+// The binaries, nil if gondola was built without them. They cannot be written.
+var (
+	Bytes   = unsafe.Slice(unsafe.StringData(agent), len(agent))
+	EnvTool = unsafe.Slice(unsafe.StringData(envTool), len(envTool)) // gondola-env
+)
