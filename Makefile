@@ -21,11 +21,12 @@ help: ## show this
 deps: ## install what builds and tests need (Debian packages)
 	@.ci/deps
 
-build: deps ## build bin/gondola with the guest agent inside
+build: deps ## build bin/gondola with the guest agent inside, and bin/gondola-full with the commands on data
 	@mkdir -p $(BIN)
 	@$(GO) build -trimpath -ldflags '-s -w' -o cmd/gondola/agentbin/gondola-agent ./cmd/gondola-agent
 	@$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/gondola-env ./cmd/gondola-env
-	@$(GO) build -trimpath -tags embed_agent -ldflags '$(LDFLAGS)' -o $(BIN)/gondola ./cmd/gondola
+	@$(GO) build -trimpath -tags embed_agent,slim -ldflags '$(LDFLAGS)' -o $(BIN)/gondola ./cmd/gondola
+	@$(GO) build -trimpath -tags embed_agent -ldflags '$(LDFLAGS)' -o $(BIN)/gondola-full ./cmd/gondola
 	@echo "built $(BIN)/gondola"
 
 kernel: build ## build the guest kernel, or find it in the cache

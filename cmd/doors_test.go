@@ -45,6 +45,7 @@ var doors = map[string][]string{
 	"snapshot/monitor":     {"snapshot/auth", "snapshot/service"},
 	"snapshot/store":       {"vmm/mem"},
 	"scheduler":            {"scheduler/..."},
+	"scheduler/db":         {},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},
 }

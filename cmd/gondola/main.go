@@ -78,6 +78,7 @@ signal N; otherwise the guest command's own.`,
 	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), userlandCommand(), versionCommand(),
 		psCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), pauseCommand(), resumeCommand(),
 		authCommand(), stateCommand(), diskCommand(), limitsCommand(), balloonCommand(), managerCommand(), testExecCommand())
+	root.AddCommand(dataCommands()...)
 	return root
 }
 
