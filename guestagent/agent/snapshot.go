@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"io"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"runtime"
 	"slices"
@@ -201,8 +202,15 @@ func (s *snapshots) connections(w io.Writer, r *proto.Snapshot, spent func() boo
 		}
 		all = append(all, conns...)
 	}
-	// Those without an inode are the kernel's alone: they wait or begin.
-	all = slices.DeleteFunc(all, func(c proto.Connection) bool { return c.Inode == 0 })
+	// Those without an inode are the kernel's alone: they wait or begin. They are
+	// many where connections are short, and counted with who listened.
+	past := map[string]int{} // by port
+	all = slices.DeleteFunc(all, func(c proto.Connection) bool {
+		if c.Inode == 0 && foreign(&c) {
+			past[port(c.Local)]++
+		}
+		return c.Inode == 0
+	})
 	if len(all) > proto.MaxList {
 		all, r.Info.Truncated = all[:proto.MaxList], true
 	}
@@ -211,6 +219,9 @@ func (s *snapshots) connections(w io.Writer, r *proto.Snapshot, spent func() boo
 	for i := range all {
 		c := &all[i]
 		c.PID = s.owners[c.Inode].pid
+		if c.State == "LISTEN" {
+			c.Past = past[port(c.Local)]
+		}
 		k := keyOf(c)
 		now[k] = *c
 		if s.conns[k] == *c {
@@ -272,4 +283,14 @@ func (s *snapshots) findOwners(conns []proto.Connection, spent func() bool) {
 	for inode := range missing {
 		searched[inode] = before[inode] + 1
 	}
+}
+
+// port is what comes after the last colon.
+func port(addr string) string { return addr[strings.LastIndexByte(addr, ':')+1:] }
+
+// foreign tells whether a connection is with another node.
+func foreign(c *proto.Connection) bool {
+	l, lerr := netip.ParseAddrPort(c.Local)
+	r, rerr := netip.ParseAddrPort(c.Remote)
+	return lerr == nil && rerr == nil && !r.Addr().IsUnspecified() && !r.Addr().Unmap().IsLoopback() && l.Addr() != r.Addr()
 }

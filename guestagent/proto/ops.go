@@ -163,6 +163,10 @@ type Connection struct {
 	RxSegs   uint64 `cbor:"10,keyasint,omitempty"`
 	TxSegs   uint64 `cbor:"11,keyasint,omitempty"`
 	Peer     uint64 `cbor:"12,keyasint,omitempty"` // inode of the socket at the other end (UNIX)
+	// Past is how many connections from other nodes to this listening socket are
+	// in states in which no process has them any more (TIME_WAIT) or yet
+	// (OpSnapshot).
+	Past int `cbor:"13,keyasint,omitempty"`
 }
 
 // SnapshotRequest asks for what has changed since an earlier snapshot (S4.1, S4.2).
