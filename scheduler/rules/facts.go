@@ -64,6 +64,7 @@ type Process struct {
 	Class    string  `cel:"class"`   // set by the engine
 	Talks    bool    `cel:"talks"`   // to another node; set by the engine
 	Listens  bool    `cel:"listens"` // set by the engine
+	Changed  bool    `cel:"changed"` // it is not as it was in the last cycle
 }
 
 // Connection is a socket of a process.
@@ -75,6 +76,7 @@ type Connection struct {
 	State    string `cel:"state"`
 	RxBytes  int64  `cel:"rx_bytes"`
 	TxBytes  int64  `cel:"tx_bytes"`
+	Changed  bool   `cel:"changed"`
 	Past     int    `cel:"past"` // ended connections from other nodes to this listener
 }
 
