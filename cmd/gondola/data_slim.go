@@ -23,6 +23,8 @@ func dataCommands() []*cobra.Command {
 	var all []*cobra.Command
 	for _, c := range []struct{ name, short string }{
 		{"db", "Ask the database of what machines did and what was done to them"},
+		{"rules", "Set priorities in guests, and allocations, by rules"},
+		{"service", "Tell how services are that machines make up"},
 	} {
 		all = append(all, &cobra.Command{
 			Use: c.name, Short: c.short, DisableFlagParsing: true,

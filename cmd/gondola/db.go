@@ -260,4 +260,6 @@ func cells(row []any) []string {
 
 // dataCommands are those that need the database or the rules' language, which cost
 // a program some 20 ms of start-up: a slim gondola leaves them to a full one.
-func dataCommands() []*cobra.Command { return []*cobra.Command{dbCommand()} }
+func dataCommands() []*cobra.Command {
+	return []*cobra.Command{dbCommand(), rulesCommand(), serviceCommand()}
+}

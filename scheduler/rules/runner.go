@@ -74,8 +74,12 @@ func (r *Runner) rules() *Set {
 	return r.set
 }
 
-// Lease is how long what rules did lasts without a next cycle.
+// Lease is how long what rules did lasts without a next cycle; 0: for ever, which is
+// what Once is for.
 func (r *Runner) Lease(cycle time.Duration) time.Duration {
+	if r.Once {
+		return 0
+	}
 	return min(3*cycle+2*r.timeout(), 24*time.Hour)
 }
 
