@@ -46,6 +46,7 @@ var doors = map[string][]string{
 	"snapshot/store":       {"vmm/mem"},
 	"scheduler":            {"scheduler/..."},
 	"scheduler/db":         {},
+	"scheduler/rules":      {},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},
 }
