@@ -110,6 +110,7 @@ type published struct {
 	home   *control.Home
 	server *control.Server
 	states *states
+	events *serviceEvents
 }
 
 // publish makes a machine known under the configuration's name, which it changes
@@ -147,9 +148,11 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 			return nil, errors.Join(err, dir.Close(), home.Close())
 		}
 	}
-	states := newStates(dir.Name())
+	states, events := newStates(dir.Name()), &serviceEvents{}
+	ops := states.ops()
+	ops[opServiceState] = events.op()
 	server, err := control.Serve(dir, control.Config{
-		Ops:  states.ops(),
+		Ops:  ops,
 		Info: info, Log: log, Software: "gondola " + buildVersion(),
 		Interrupt: func() { p.interrupt(exitCode(128 + int(syscall.SIGTERM))) },
 	})
@@ -166,7 +169,7 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 	if p.background != nil {
 		cfg.Output = io.MultiWriter(cfg.Output, log)
 	}
-	return &published{home: home, server: server, states: states}, nil
+	return &published{home: home, server: server, states: states, events: events}, nil
 }
 
 // stateKeeper has the machine's states; nil: it has none.
@@ -181,6 +184,7 @@ func (p *published) stateKeeper() *states {
 func (p *published) attach(g *guest.Guest, r *requests) {
 	if p != nil {
 		p.states.attach(g)
+		p.events.requests.Store(r)
 		p.server.Attach(controlled{g, r})
 	}
 }

@@ -417,8 +417,13 @@ func (f *applyFlags) run(ctx context.Context, path string, out io.Writer) error 
 	r := &rules.Runner{Dry: f.dry, Once: f.once, Machines: a.machines, Connect: a.connect, Record: a.record, Round: a.round}
 	r.Replace(set)
 	a.replace = r.Replace
+	name := "the default rules"
 	if f.file != "" {
+		name = f.file
 		go a.watch(ctx)
+	}
+	if !f.once {
+		fmt.Fprintf(os.Stderr, "gondola: %s are applied every %v, until Ctrl-C\n", name, set.Cycle)
 	}
 	err = r.Run(ctx)
 	a.end(context.WithoutCancel(ctx))
@@ -522,6 +527,7 @@ func (a *applier) round(ctx context.Context, now time.Time, last map[string]*rul
 		if a.db != nil {
 			complain(a.db.AddServiceState(ctx, e.Time, e.Service, e.Machine, e.Previous, e.State, e.Why))
 		}
+		a.tellGuests(ctx, e)
 	}
 	if !a.flags.dry && !a.flags.noOrders {
 		var uses []rules.Use
@@ -537,6 +543,33 @@ func (a *applier) round(ctx context.Context, now time.Time, last map[string]*rul
 		_, err := a.db.Prune(ctx)
 		complain(err)
 	}
+}
+
+// tellTimeout is how long a machine may take to be told of an event.
+const tellTimeout = 2 * time.Second
+
+// tellGuests tells the machines of a service of a change, over port B; all at once, so
+// that one that does not answer holds up the others no longer than that.
+func (a *applier) tellGuests(ctx context.Context, e rules.HealthEvent) {
+	ctx, cancel := context.WithTimeout(ctx, tellTimeout)
+	defer cancel()
+	a.mu.Lock()
+	var names []string
+	for name, s := range a.states {
+		if s[0] == e.Service && (e.Machine == "" || e.Machine == name) {
+			names = append(names, name)
+		}
+	}
+	a.mu.Unlock()
+	// One without port B, or that is gone, is not told; the state says so.
+	_ = eachMachine(names, func(name string) error {
+		c, err := a.home.Dial(ctx, name)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		return c.Conn().Do(ctx, opServiceState, serviceState{e.Service, e.Machine, e.Previous, e.State, e.Why}, nil)
+	})
 }
 
 func (a *applier) allocator() rules.Allocator { return balloonAllocator{a.home.Dial} }
