@@ -46,6 +46,8 @@ var doors = map[string][]string{
 	"snapshot/monitor":     {"snapshot/auth", "snapshot/service"},
 	"snapshot/store":       {"vmm/mem"},
 	"scheduler":            {"scheduler/..."},
+	"scheduler/db":         {},
+	"scheduler/rules":      {},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},
 }

@@ -276,3 +276,45 @@ func (c *Client) Info(ctx context.Context, want proto.InfoRequest) (*GuestInfo, 
 	}
 	return info, nil
 }
+
+// Sched changes how the guest's processes are scheduled, or puts them back.
+func (c *Client) Sched(ctx context.Context, req proto.SchedRequest) (r proto.SchedReply, err error) {
+	if err := c.conn.Do(ctx, proto.OpSched, req, &r); err != nil {
+		return r, fmt.Errorf("sched: %w", err)
+	}
+	if len(r.Results) != len(req.Changes) {
+		return r, fmt.Errorf("sched: guest agent answered %d of %d changes", len(r.Results), len(req.Changes))
+	}
+	return r, nil
+}
+
+// Snapshot calls each with what has changed in the guest since the snapshot of
+// req.Token (S4.1, S4.2), for at most 4 × proto.MaxList items.
+func (c *Client) Snapshot(ctx context.Context, req proto.SnapshotRequest, each func(proto.InfoItem)) (s proto.Snapshot, err error) {
+	p, err := c.conn.Start(ctx, proto.OpSnapshot, req)
+	if err != nil {
+		return s, err
+	}
+	stop := context.AfterFunc(ctx, p.Cancel)
+	defer stop()
+	dec := proto.NewSequence(p.Receiver(proto.StreamStdout))
+	for n := 0; ; n++ {
+		var item proto.InfoItem
+		err := dec.Decode(&item)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err == nil && n == 4*proto.MaxList {
+			err = fmt.Errorf("more than %d items", n)
+		}
+		if err != nil {
+			p.Cancel()
+			return s, fmt.Errorf("snapshot: guest agent sent a list that cannot be read: %w", err)
+		}
+		each(item)
+	}
+	if err := p.Wait(ctx, &s); err != nil {
+		return s, fmt.Errorf("snapshot: %w", err)
+	}
+	return s, nil
+}

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -623,4 +624,79 @@ func BenchmarkExecTrue(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// snapshot takes one and keeps it.
+func snapshot(t *testing.T, c *guestagent.Client, token uint64, procs map[int]proto.Process, conns map[string]proto.Connection) (proto.Snapshot, int) {
+	t.Helper()
+	n := 0
+	s, err := c.Snapshot(t.Context(), proto.SnapshotRequest{Token: token, Connections: true}, func(i proto.InfoItem) {
+		n++
+		switch {
+		case i.Process != nil:
+			procs[i.Process.PID] = *i.Process
+		case i.Connection != nil:
+			conns[i.Connection.Local+i.Connection.Remote] = *i.Connection
+		case i.Gone != nil:
+			delete(conns, i.Gone.Local+i.Gone.Remote)
+		default:
+			delete(procs, i.GonePID)
+		}
+	})
+	require.NoError(t, err)
+	require.NotZero(t, s.Token)
+	return s, n
+}
+
+func TestSnapshot(t *testing.T) {
+	c := serve(t, agent.Config{})
+	procs, conns := map[int]proto.Process{}, map[string]proto.Connection{}
+	s, n := snapshot(t, c, 0, procs, conns)
+	assert.True(t, s.Full)
+	assert.Equal(t, n, s.Processes+s.Connections)
+	assert.Len(t, procs, s.Processes)
+	assert.Positive(t, s.CPUUS)
+	assert.NotEmpty(t, s.Boot)
+	assert.Contains(t, procs, os.Getpid())
+	first := s.Token
+
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	cmd := exec.Command("cat")
+	in, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	s, n = snapshot(t, c, s.Token, procs, conns)
+	assert.False(t, s.Full)
+	assert.Less(t, n, s.Processes+s.Connections)
+	assert.Equal(t, "cat", procs[cmd.Process.Pid].Command)
+	require.Contains(t, conns, l.Addr().String()+"0.0.0.0:0")
+	assert.Equal(t, os.Getpid(), conns[l.Addr().String()+"0.0.0.0:0"].PID)
+
+	require.NoError(t, in.Close())
+	require.NoError(t, cmd.Wait())
+	require.NoError(t, l.Close())
+	s, _ = snapshot(t, c, s.Token, procs, conns)
+	assert.NotContains(t, procs, cmd.Process.Pid)
+	assert.NotContains(t, conns, l.Addr().String()+"0.0.0.0:0")
+
+	// An old token, or another agent's, gets everything.
+	s, _ = snapshot(t, c, first, map[int]proto.Process{}, conns)
+	assert.True(t, s.Full)
+
+	// Whatever the budget, every process comes in the end.
+	seen := map[int]proto.Process{}
+	token := uint64(0)
+	for range 10000 {
+		s, err := c.Snapshot(t.Context(), proto.SnapshotRequest{Token: token, BudgetUS: 1}, func(i proto.InfoItem) {
+			if i.Process != nil {
+				seen[i.Process.PID] = *i.Process
+			}
+		})
+		require.NoError(t, err)
+		if token = s.Token; !s.Partial || len(seen) >= len(procs)-3 {
+			break
+		}
+	}
+	assert.Contains(t, seen, os.Getpid())
 }

@@ -8,4 +8,7 @@ const fullName = "gondola-full"
 // fullOnly are these commands with their short descriptions.
 var fullOnly = [][2]string{
 	{"manager", "Divide the host's memory among the running machines"},
+	{"db", "Ask the database of what machines did and what was done to them"},
+	{"rules", "Set priorities in guests, and allocations, by rules"},
+	{"service", "Tell how services are that machines make up"},
 }

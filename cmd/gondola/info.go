@@ -97,6 +97,7 @@ type (
 		RxSegs   uint64 `json:"rx_segments,omitempty"`
 		TxSegs   uint64 `json:"tx_segments,omitempty"`
 		Peer     uint64 `json:"peer_inode,omitempty"`
+		Past     int    `json:"past,omitempty"`
 	}
 )
 

@@ -111,6 +111,7 @@ type published struct {
 	home   *control.Home
 	server *control.Server
 	states *states
+	events *serviceEvents
 }
 
 // publish makes a machine known under the configuration's name, which it changes
@@ -148,9 +149,11 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 			return nil, errors.Join(err, dir.Close(), home.Close())
 		}
 	}
-	states := newStates(dir.Name())
+	states, events := newStates(dir.Name()), &serviceEvents{}
+	ops := states.ops()
+	ops[opServiceState] = events.op()
 	server, err := control.Serve(dir, control.Config{
-		Ops:  states.ops(),
+		Ops:  ops,
 		Info: info, Log: log, Software: "gondola " + buildVersion(),
 		Interrupt: func() { p.interrupt(exitCode(128 + int(syscall.SIGTERM))) },
 	})
@@ -167,7 +170,7 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 	if p.background != nil {
 		cfg.Output = io.MultiWriter(cfg.Output, log)
 	}
-	return &published{home: home, server: server, states: states}, nil
+	return &published{home: home, server: server, states: states, events: events}, nil
 }
 
 // stateKeeper has the machine's states; nil: it has none.
@@ -191,6 +194,7 @@ func (p *published) vsockPath(name string) string {
 func (p *published) attach(g *guest.Guest, r *requests) {
 	if p != nil {
 		p.states.attach(g)
+		p.events.requests.Store(r)
 		p.server.Attach(controlled{g, r})
 	}
 }

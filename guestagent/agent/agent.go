@@ -47,10 +47,18 @@ type Config struct {
 	Software string
 	// OnSession is called when a session with the host begins.
 	OnSession func(proto.Hello)
+	// Book is the file in which the agent remembers how processes were scheduled
+	// before it changed that (default /run/gondola/priorities). Recover puts back
+	// what one that was killed has left there.
+	Book string
 }
 
 // Agent serves the operations of package proto.
-type Agent struct{ cfg Config }
+type Agent struct {
+	cfg   Config
+	sched *scheduling
+	snaps snapshots
+}
 
 // New returns an agent.
 func New(cfg Config) *Agent {
@@ -63,12 +71,18 @@ func New(cfg Config) *Agent {
 	if cfg.Reaper == nil {
 		cfg.Reaper = &Reaper{}
 	}
-	a := &Agent{cfg: cfg}
+	if cfg.Book == "" {
+		cfg.Book = "/run/gondola/priorities"
+	}
+	a := &Agent{cfg: cfg, sched: &scheduling{path: cfg.Book, book: map[int]*entry{}}}
 	if cfg.Shutdown == nil {
 		a.cfg.Shutdown = func(how string) { _, _, _ = a.Spawn(&proto.Exec{Args: []string{how}}, [3]int{-1, -1, -1}) }
 	}
 	return a
 }
+
+// Close puts back how processes were scheduled (S4.11).
+func (a *Agent) Close() { a.sched.restoreAll() }
 
 // Serve speaks the protocol on rwc, which it owns, until the transport ends
 // (nil) or fails. Processes that were started through it are killed then.
@@ -87,6 +101,8 @@ func (a *Agent) Conn(rwc io.ReadWriteCloser) *proto.Conn {
 			proto.OpPut:      handle(a.put),
 			proto.OpGet:      handle(a.get),
 			proto.OpInfo:     handle(a.info),
+			proto.OpSnapshot: handle(a.snapshot),
+			proto.OpSched:    handle(a.reschedule),
 			proto.OpShutdown: a.shutdown,
 		},
 	})

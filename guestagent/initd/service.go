@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"strings"
 	"syscall"
 
@@ -21,6 +22,14 @@ import (
 func Service(port, software string) error {
 	d := &initd{conf: initconf.Config{Port: port}}
 	d.agent = agent.New(agent.Config{Software: software})
+	d.agent.Recover()
+	go func() {
+		c := make(chan os.Signal, 1)
+		signal.Notify(c, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+		sig := <-c
+		d.agent.Close()
+		os.Exit(128 + int(sig.(syscall.Signal)))
+	}()
 	if !strings.HasPrefix(port, "/") {
 		var err error
 		if port, err = findPort(port); err != nil {

@@ -9,6 +9,8 @@ const (
 	OpGet      = "file.get" // Get → FileInfo, stream 1 the content
 	OpShutdown = "shutdown" // Shutdown, empty reply before it happens
 	OpInfo     = "info"     // InfoRequest → Info, stream 1 the lists
+	OpSnapshot = "snapshot" // SnapshotRequest → Snapshot, stream 1 what has changed
+	OpSched    = "sched"    // SchedRequest → SchedReply
 )
 
 // Streams of a request.
@@ -101,11 +103,15 @@ type Info struct {
 	Truncated bool       `cbor:"8,keyasint,omitempty"` // a list was cut at MaxList
 }
 
-// InfoItem is one item of the CBOR sequence on stream 1 of OpInfo; the reply
-// is the summary.
+// InfoItem is one item of the CBOR sequence on stream 1 of OpInfo and OpSnapshot;
+// the reply is the summary.
 type InfoItem struct {
 	Process    *Process    `cbor:"1,keyasint,omitempty"`
 	Connection *Connection `cbor:"2,keyasint,omitempty"`
+	// GonePID is a process, and Gone a connection of which only Protocol, Local,
+	// Remote and Inode are set, that were in the snapshot before (OpSnapshot).
+	GonePID int         `cbor:"3,keyasint,omitempty"`
+	Gone    *Connection `cbor:"4,keyasint,omitempty"`
 }
 
 // MaxList bounds the number of processes, and of connections.
@@ -157,4 +163,80 @@ type Connection struct {
 	RxSegs   uint64 `cbor:"10,keyasint,omitempty"`
 	TxSegs   uint64 `cbor:"11,keyasint,omitempty"`
 	Peer     uint64 `cbor:"12,keyasint,omitempty"` // inode of the socket at the other end (UNIX)
+	// Past is how many connections from other nodes to this listening socket are
+	// in states in which no process has them any more (TIME_WAIT) or yet
+	// (OpSnapshot).
+	Past int `cbor:"13,keyasint,omitempty"`
+}
+
+// SnapshotRequest asks for what has changed since an earlier snapshot (S4.1, S4.2).
+type SnapshotRequest struct {
+	// Token is the earlier Snapshot's; 0, or one that the agent does not know any
+	// more, asks for everything.
+	Token       uint64 `cbor:"1,keyasint,omitempty"`
+	Connections bool   `cbor:"2,keyasint,omitempty"` // TCP and UDP
+	// BudgetUS is how much processor time it may cost the guest, in microseconds
+	// (0: DefaultBudgetUS). What there was no time for comes with the next one.
+	BudgetUS uint64 `cbor:"3,keyasint,omitempty"`
+}
+
+// DefaultBudgetUS is the processor time that a snapshot may cost.
+const DefaultBudgetUS = 1_000_000
+
+// Snapshot ends a snapshot.
+type Snapshot struct {
+	Info        Info   `cbor:"1,keyasint"`
+	Token       uint64 `cbor:"2,keyasint"`           // of this one, never 0
+	Full        bool   `cbor:"3,keyasint,omitempty"` // everything was sent, not what changed
+	CPUUS       uint64 `cbor:"4,keyasint,omitempty"` // processor time that it cost, in microseconds
+	Processes   int    `cbor:"5,keyasint,omitempty"` // in all
+	Connections int    `cbor:"6,keyasint,omitempty"` // in all
+	Partial     bool   `cbor:"7,keyasint,omitempty"` // the budget was too small
+	Boot        string `cbor:"8,keyasint,omitempty"` // the kernel's boot_id
+	AgentPID    int    `cbor:"9,keyasint,omitempty"`
+}
+
+// Scheduling policies of sched(7) that processes may be given.
+const (
+	PolicyOther = 0
+	PolicyBatch = 3
+	PolicyIdle  = 5
+)
+
+// MaxChanges of a SchedRequest.
+const MaxChanges = 512
+
+// SchedRequest changes how processes are scheduled (S4.5, S4.11). The agent remembers
+// how they were before its first change, beyond its own death, and puts them back
+// when it is asked to, when it ends or starts, and when a lease is over.
+type SchedRequest struct {
+	Changes []SchedChange `cbor:"1,keyasint,omitempty"` // at most MaxChanges
+	// RestoreAll puts all processes back before the changes.
+	RestoreAll bool `cbor:"2,keyasint,omitempty"`
+	// LeaseMS puts all of them back when no other request came for so many
+	// milliseconds; 0: no lease.
+	LeaseMS uint64 `cbor:"3,keyasint,omitempty"`
+}
+
+// SchedChange changes all threads of one process. What is nil stays as it is.
+type SchedChange struct {
+	PID      int    `cbor:"1,keyasint"`
+	StartMS  uint64 `cbor:"2,keyasint"`           // as in Process: another process of that pid is left alone
+	Nice     *int   `cbor:"3,keyasint,omitempty"` // -20 to 19
+	Policy   *int   `cbor:"4,keyasint,omitempty"` // PolicyOther, PolicyBatch or PolicyIdle
+	Affinity []byte `cbor:"5,keyasint,omitempty"` // as in Process
+	Restore  bool   `cbor:"6,keyasint,omitempty"` // put it back, and nothing else
+}
+
+// SchedReply answers each change in its place.
+type SchedReply struct {
+	Results  []SchedResult `cbor:"1,keyasint,omitempty"`
+	Restored int           `cbor:"2,keyasint,omitempty"` // processes put back by RestoreAll
+	Changed  int           `cbor:"3,keyasint,omitempty"` // processes that are not as they were
+}
+
+// SchedResult is what became of a change; Code is 0 if it was made.
+type SchedResult struct {
+	Code    Code   `cbor:"1,keyasint,omitempty"` // CodeNotFound: the process has ended
+	Message string `cbor:"2,keyasint,omitempty"`
 }

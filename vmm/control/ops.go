@@ -20,7 +20,7 @@ import (
 )
 
 // Operations of a machine. Those of the agent that are passed on are exec,
-// file.put, file.get, info and ping.
+// file.put, file.get, info, snapshot, sched and ping.
 const (
 	OpInfo   = "machine.info"   // no arguments → Info
 	OpStop   = "machine.stop"   // StopRequest → StopReply

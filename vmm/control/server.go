@@ -260,6 +260,9 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		proto.OpGet:  s.forward(passed{out: []uint8{proto.StreamStdout}}),
 		proto.OpInfo: s.forward(passed{out: []uint8{proto.StreamStdout}}),
 		proto.OpPing: s.forward(passed{empty: true}),
+
+		proto.OpSnapshot: s.forward(passed{out: []uint8{proto.StreamStdout}}),
+		proto.OpSched:    s.forward(passed{}),
 	}
 }
 

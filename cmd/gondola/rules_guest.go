@@ -1,0 +1,364 @@
+//go:build !lean
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/scheduler/db"
+	"github.com/gondola-vmm/gondola/scheduler/rules"
+	"github.com/gondola-vmm/gondola/vmm/control"
+)
+
+// ruledGuest is a machine as the rules see it: its agent over the control socket, and
+// what the host knows of its process.
+type ruledGuest struct {
+	c     *control.Client
+	token uint64
+	procs map[int]*proto.Process
+	conns map[string]*proto.Connection
+
+	before machineTimes
+	host   hostTimes
+	sample db.HostSample // of the last look
+
+	service, state func(machine string) string
+}
+
+func connectGuest(ctx context.Context, home *control.Home, name string) (*ruledGuest, error) {
+	c, err := home.Dial(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	return &ruledGuest{c: c}, nil
+}
+
+func (g *ruledGuest) Close() { g.c.Close() } // the machine goes on
+
+// Observe looks at the guest and at what the host gives it.
+func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Duration, int, error) {
+	m, err := g.c.Machine(ctx)
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	if m.State != control.StateRunning {
+		return nil, 0, 0, fmt.Errorf("the machine is %s, its agent does not answer", m.State)
+	}
+	changedProcs, changedConns := map[int]bool{}, map[string]bool{}
+	procs, conns := g.procs, g.conns
+	if procs == nil {
+		procs, conns = map[int]*proto.Process{}, map[string]*proto.Connection{}
+	}
+	key := func(c *proto.Connection) string {
+		return c.Protocol + " " + c.Local + " " + c.Remote + " " + strconv.FormatUint(c.Inode, 10)
+	}
+	s, err := g.c.Snapshot(ctx, proto.SnapshotRequest{Token: g.token, Connections: true}, func(i proto.InfoItem) {
+		switch {
+		case i.Process != nil && len(procs) < proto.MaxList:
+			procs[i.Process.PID], changedProcs[i.Process.PID] = i.Process, true
+		case i.Connection != nil && len(conns) < proto.MaxList:
+			k := key(i.Connection)
+			conns[k], changedConns[k] = i.Connection, true
+		case i.Gone != nil:
+			delete(conns, key(i.Gone))
+		case i.GonePID > 0:
+			delete(procs, i.GonePID)
+		}
+	})
+	if err != nil {
+		g.token, g.procs, g.conns = 0, nil, nil // half of it is there
+		return nil, 0, 0, err
+	}
+	if s.Full { // what is left of before has ended
+		for pid := range procs {
+			if !changedProcs[pid] {
+				delete(procs, pid)
+			}
+		}
+		for k := range conns {
+			if !changedConns[k] {
+				delete(conns, k)
+			}
+		}
+	}
+	g.token, g.procs, g.conns = s.Token, procs, conns
+
+	now := time.Now()
+	o := &rules.Observation{Time: now, Boot: s.Boot, AgentPID: s.AgentPID}
+	for pid, p := range procs {
+		o.Processes = append(o.Processes, rules.Process{
+			PID: p.PID, PPID: p.PPID, Name: p.Name, Command: p.Command, UID: p.UID, User: p.User, State: p.State,
+			CPUMS: int64(p.UserMS + p.SystemMS), RSS: int64(p.RSS), Threads: p.Threads, Nice: p.Nice, Policy: p.Policy,
+			StartMS: int64(p.StartMS), Kernel: p.Kernel, Affinity: p.Affinity, Changed: changedProcs[pid],
+		})
+	}
+	for k, c := range conns {
+		o.Connections = append(o.Connections, rules.Connection{
+			PID: c.PID, Protocol: c.Protocol, Local: c.Local, Remote: c.Remote, State: c.State,
+			RxBytes: int64(c.RxBytes), TxBytes: int64(c.TxBytes), Past: c.Past, Changed: changedConns[k],
+		})
+	}
+	g.measure(ctx, m, s, o)
+	return o, time.Duration(s.CPUUS) * time.Microsecond, len(changedProcs), nil
+}
+
+// measure fills in the machine and the host.
+func (g *ruledGuest) measure(ctx context.Context, m control.Info, s proto.Snapshot, o *rules.Observation) {
+	mt, ht := readMachineTimes(m.PID), readHostTimes()
+	for _, d := range m.Devices {
+		bytes := d.Stats.Read.Bytes + d.Stats.Write.Bytes
+		ops := d.Stats.Read.Ops + d.Stats.Write.Ops
+		if d.Kind == "net" {
+			mt.netBytes, mt.netOps = mt.netBytes+bytes, mt.netOps+ops
+		} else {
+			mt.diskBytes, mt.diskOps = mt.diskBytes+bytes, mt.diskOps+ops
+		}
+	}
+	o.Machine = rules.Machine{Name: m.Name, VCPUs: m.VCPUs, MemoryBytes: int64(m.Memory), Load: s.Info.Load[0], ProcessCount: len(o.Processes)}
+	x := &o.Machine
+	if total := s.Info.Memory.Total; total > 0 {
+		x.MemoryUse = 1 - float64(min(s.Info.Memory.Available, total))/float64(total)
+	}
+	if el := mt.at.Sub(g.before.at); !g.before.at.IsZero() && el > 0 {
+		per := el.Seconds() * float64(max(m.VCPUs, 1))
+		x.CPUUse = min(1, sub(mt.run, g.before.run)/1e9/per)
+		x.CPUWait = min(1, sub(mt.wait, g.before.wait)/1e9/per)
+		x.NetBytes = sub(mt.netBytes, g.before.netBytes) / el.Seconds()
+		x.DiskBytes = sub(mt.diskBytes, g.before.diskBytes) / el.Seconds()
+	}
+	o.Host = rules.Host{CPUs: runtime.NumCPU(), Memory: int64(ht.total), Available: int64(ht.available), CPUIdle: 1}
+	if d := sub(ht.all, g.host.all); g.host.all > 0 && d > 0 {
+		o.Host.CPUIdle = min(1, sub(ht.idle, g.host.idle)/d)
+	}
+	if g.service != nil {
+		x.Service, x.ServiceState = g.service(m.Name), g.state(m.Name)
+	}
+	h := db.HostSample{
+		VCPUs: m.VCPUs, CPUUse: x.CPUUse * float64(m.VCPUs), CPUWait: x.CPUWait * float64(m.VCPUs), Affinity: mt.affinity,
+		Memory: m.Memory, Target: m.Memory, Actual: m.Memory, MemoryUse: x.MemoryUse, DiskBytes: mt.diskBytes, DiskOps: mt.diskOps,
+		NetBytes: mt.netBytes, NetPackets: mt.netOps, HostCPUIdle: o.Host.CPUIdle * float64(o.Host.CPUs), HostAvailable: ht.available,
+	}
+	if u, err := g.c.Memory(ctx, control.BalloonRequest{}); err == nil { // else it has no balloon
+		h.Target, h.Actual = u.Target, u.Actual
+	}
+	g.before, g.host, g.sample = mt, ht, h
+}
+
+func sub(a, b uint64) float64 { return float64(a - min(a, b)) }
+
+// machineTimes are counters of a machine, since its start.
+type machineTimes struct {
+	at               time.Time
+	run, wait        uint64 // ns, of all threads of its process
+	diskBytes        uint64
+	diskOps          uint64
+	netBytes, netOps uint64
+	affinity         string
+}
+
+// readMachineTimes reads what the kernel counts of a machine's process: schedstat has
+// the time on a processor and the time in its queue.
+func readMachineTimes(pid int) machineTimes {
+	t := machineTimes{at: time.Now()}
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid)) // the pattern is right
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		var run, wait uint64
+		if err != nil {
+			continue // the thread has ended
+		}
+		if _, err := fmt.Sscan(string(b), &run, &wait); err == nil {
+			t.run, t.wait = t.run+run, t.wait+wait
+		}
+	}
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil {
+		for line := range strings.SplitSeq(string(b), "\n") {
+			if v, ok := strings.CutPrefix(line, "Cpus_allowed_list:"); ok {
+				t.affinity = strings.TrimSpace(v)
+			}
+		}
+	}
+	return t
+}
+
+// hostTimes are the host's: processor time in ticks, memory in bytes.
+type hostTimes struct{ idle, all, total, available uint64 }
+
+func readHostTimes() (t hostTimes) {
+	if b, err := os.ReadFile("/proc/stat"); err == nil {
+		line, _, _ := bytes.Cut(b, []byte("\n"))
+		for i, f := range strings.Fields(string(line)) {
+			n, err := strconv.ParseUint(f, 10, 64)
+			if err != nil || i > 8 { // the name; guest time is in user time
+				continue
+			}
+			t.all += n
+			if i == 4 || i == 5 { // idle, waiting for a disk
+				t.idle += n
+			}
+		}
+	}
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return t
+	}
+	defer f.Close()
+	for sc := bufio.NewScanner(f); sc.Scan(); {
+		var kib uint64
+		if _, err := fmt.Sscanf(sc.Text(), "MemTotal: %d kB", &kib); err == nil {
+			t.total = kib << 10
+		}
+		if _, err := fmt.Sscanf(sc.Text(), "MemAvailable: %d kB", &kib); err == nil {
+			t.available = kib << 10
+		}
+	}
+	return t
+}
+
+// Apply gives processes other classes.
+func (g *ruledGuest) Apply(ctx context.Context, changes []rules.Change, lease time.Duration) ([]error, error) {
+	results := make([]error, 0, len(changes))
+	for {
+		n := min(len(changes)-len(results), proto.MaxChanges)
+		req := proto.SchedRequest{LeaseMS: uint64(lease.Milliseconds())}
+		for _, c := range changes[len(results) : len(results)+n] {
+			nice := c.To.Nice()
+			req.Changes = append(req.Changes, proto.SchedChange{PID: c.PID, StartMS: uint64(c.StartMS), Nice: &nice})
+		}
+		r, err := g.c.Sched(ctx, req)
+		if err != nil {
+			return results, err
+		}
+		for _, x := range r.Results {
+			if x.Code == 0 {
+				results = append(results, nil)
+			} else {
+				results = append(results, errors.New(x.Message))
+			}
+		}
+		if len(results) >= len(changes) {
+			return results, nil
+		}
+	}
+}
+
+// Restore puts everything back.
+func (g *ruledGuest) Restore(ctx context.Context) error {
+	_, err := g.c.Sched(ctx, proto.SchedRequest{RestoreAll: true})
+	return err
+}
+
+// record is the cycle as the database has it.
+func (g *ruledGuest) record(c *rules.Cycle) *db.Cycle {
+	r := &db.Cycle{Machine: c.Machine, Time: c.Time, Took: c.Took, GuestCPU: c.Cost, Dry: c.Dry}
+	if c.Err != nil {
+		r.Err = c.Err.Error()
+	}
+	for i, x := range c.Decision.Changes {
+		a := db.Action{PID: x.PID, Name: x.Name, Rule: x.Rule, Before: x.From.String(), After: x.To.String(), Why: x.Why}
+		if i < len(c.Results) && c.Results[i] != nil {
+			a.Err = c.Results[i].Error()
+		}
+		r.Actions = append(r.Actions, a)
+	}
+	o := c.Observation
+	if o == nil || g == nil {
+		return r
+	}
+	sample := g.sample
+	r.Boot, r.Host, r.Processes, r.Connections = o.Boot, &sample, len(o.Processes), len(o.Connections)
+	starts := map[int]int64{}
+	for i := range o.Processes {
+		p := &o.Processes[i]
+		starts[p.PID] = p.StartMS
+		if q := g.procs[p.PID]; p.Changed && q != nil {
+			r.Changed = append(r.Changed, db.Process{
+				PID: p.PID, PPID: p.PPID, UID: p.UID, StartMS: p.StartMS, Name: p.Name, Command: p.Command, User: p.User, State: p.State,
+				UserMS: int64(q.UserMS), SystemMS: int64(q.SystemMS), RSS: p.RSS, Threads: p.Threads, Nice: p.Nice, Policy: p.Policy,
+				Class: p.Class, Affinity: hex.EncodeToString(p.Affinity), Talks: p.Talks,
+			})
+		}
+	}
+	for _, s := range o.Connections {
+		if s.Changed {
+			r.Sockets = append(r.Sockets, db.Connection{PID: s.PID, StartMS: starts[s.PID], Protocol: s.Protocol, Local: s.Local, Remote: s.Remote, State: s.State, RxBytes: s.RxBytes, TxBytes: s.TxBytes})
+		}
+	}
+	return r
+}
+
+// balloonAllocator gives machines memory through their balloons.
+type balloonAllocator struct {
+	dial func(context.Context, string) (*control.Client, error)
+}
+
+// balloonWait is how long a machine may take for what it is asked.
+const balloonWait = 10 * time.Second
+
+func (b balloonAllocator) memory(ctx context.Context, machine string, req control.BalloonRequest) (control.Memory, error) {
+	ctx, cancel := context.WithTimeout(ctx, balloonWait)
+	defer cancel()
+	c, err := b.dial(ctx, machine)
+	if err != nil {
+		return control.Memory{}, err
+	}
+	defer c.Close()
+	return c.Memory(ctx, req)
+}
+
+// Allocation is what a machine has.
+func (b balloonAllocator) Allocation(ctx context.Context, machine, resource string) (rules.Allocation, error) {
+	if resource != rules.Memory {
+		return rules.Allocation{}, fmt.Errorf("no scheduler takes orders for %s here", resource)
+	}
+	m, err := b.memory(ctx, machine, control.BalloonRequest{})
+	if err != nil {
+		return rules.Allocation{}, err
+	}
+	most := float64(m.Size)
+	if m.Policy.Max > 0 {
+		most = min(most, float64(m.Policy.Max))
+	}
+	least := min(float64(max(m.Policy.Min, m.Minimum)), most)
+	return rules.Allocation{Now: float64(m.Target), Min: least, Max: most, Usual: least}, nil
+}
+
+// Allocate sets the balloon's target.
+func (b balloonAllocator) Allocate(ctx context.Context, machine, resource string, value float64) error {
+	if resource != rules.Memory {
+		return fmt.Errorf("no scheduler takes orders for %s here", resource)
+	}
+	_, err := b.memory(ctx, machine, control.BalloonRequest{Target: uint64(value)})
+	return err
+}
+
+// guests are those that are connected, for Record.
+type guests struct {
+	mu  sync.Mutex
+	all map[string]*ruledGuest
+}
+
+func (g *guests) set(name string, x *ruledGuest) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.all[name] = x
+}
+
+func (g *guests) get(name string) *ruledGuest {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.all[name]
+}
