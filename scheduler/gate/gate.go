@@ -57,6 +57,7 @@ type Gate struct {
 	start  time.Time
 	event  int // an eventfd: something has changed
 	done   chan struct{}
+	asleep func(*seat) bool // (*seat).sleeps, but in tests
 
 	mu     sync.Mutex
 	closed bool
@@ -93,7 +94,7 @@ func New(cfg Config) (*Gate, error) {
 	}
 	g := &Gate{
 		cfg: cfg, policy: p, queue: NewQueue(p, cfg.Slots), start: time.Now(), event: fd, done: make(chan struct{}), params: map[string]Params{},
-		boost: func(*Task) bool { return false },
+		boost: func(*Task) bool { return false }, asleep: (*seat).sleeps,
 	}
 	if b, ok := p.(Booster); ok {
 		g.boost = b.Boost
@@ -453,7 +454,7 @@ func (g *Gate) inspect(now, elapsed time.Duration) {
 		t := &s.task
 		switch t.State {
 		case Running:
-			if ran < elapsed/2 && s.sleeps() {
+			if ran < elapsed/2 && g.asleep(s) {
 				g.queue.Account(now, t)
 				g.queue.Refund(now, t, t.turn-(cpu-s.begun))
 				g.queue.Block(now, t)
@@ -462,7 +463,7 @@ func (g *Gate) inspect(now, elapsed time.Duration) {
 				s.boostIfDue(now)
 			}
 		case Blocked:
-			asleep := s.sleeps()
+			asleep := g.asleep(s)
 			if ran > 0 && (s.boosted || asleep) {
 				// It woke up and ran without asking anybody.
 				woke := s.over == 0
