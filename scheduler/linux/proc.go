@@ -58,23 +58,20 @@ func (p Proc) Read(m Process, s *scheduler.Sample) error {
 		if err != nil {
 			continue
 		}
-		run, wait, ok := parseSchedstat(string(b))
+		run, wait, turns, ok := parseSchedstat(string(b))
 		if !ok {
 			continue
 		}
 		found = true
 		s.Run += run
 		s.Wait += wait
+		s.Wakes += turns // of one that computes it is the times it was sent out, too
 		if b, err := os.ReadFile(p.path(pid, "task", t, "stat")); err == nil {
 			if user, sys, guest, ok := parseStat(string(b)); ok {
 				// Guest time is part of user time.
 				s.Guest += guest * (1e9 / ticks)
 				s.VMM += (user - min(guest, user) + sys) * (1e9 / ticks)
 			}
-		}
-		if b, err := os.ReadFile(p.path(pid, "task", t, "status")); err == nil {
-			n, _ := parseStatus(string(b))
-			s.Wakes += n
 		}
 	}
 	if !found {
@@ -83,16 +80,17 @@ func (p Proc) Read(m Process, s *scheduler.Sample) error {
 	return nil
 }
 
-// parseSchedstat reads ns run and ns waited for a processor
+// parseSchedstat reads ns run, ns waited for a processor, and how often it got one
 // (Documentation/scheduler/sched-stats.rst).
-func parseSchedstat(s string) (run, wait uint64, ok bool) {
+func parseSchedstat(s string) (run, wait, turns uint64, ok bool) {
 	f := strings.Fields(s)
-	if len(f) < 2 {
-		return 0, 0, false
+	if len(f) < 3 {
+		return 0, 0, 0, false
 	}
 	run, err := strconv.ParseUint(f[0], 10, 64)
 	wait, err2 := strconv.ParseUint(f[1], 10, 64)
-	return run, wait, err == nil && err2 == nil
+	turns, err3 := strconv.ParseUint(f[2], 10, 64)
+	return run, wait, turns, err == nil && err2 == nil && err3 == nil
 }
 
 // parseStat reads utime, stime and guest_time, fields 14, 15 and 43; the name in
@@ -154,17 +152,6 @@ func (p Proc) Cgroup(pid int) (string, error) {
 		}
 	}
 	return "", errors.New("the process is in no cgroup of version 2")
-}
-
-// parseStatus reads how often a thread slept by itself: voluntary_ctxt_switches.
-func parseStatus(s string) (uint64, bool) {
-	for line := range strings.Lines(s) {
-		if v, ok := strings.CutPrefix(line, "voluntary_ctxt_switches:"); ok {
-			n, err := strconv.ParseUint(strings.TrimSpace(v), 10, 64)
-			return n, err == nil
-		}
-	}
-	return 0, false
 }
 
 // parsePressure reads avg10 of the line "some", 0 to 1
