@@ -476,11 +476,20 @@ func (a *Actuator) loosen(dir string, why error) error {
 // UndoAll undoes everything that the journal has.
 func (a *Actuator) UndoAll(controls Controls) error {
 	var errs []error
+	parents := map[string]bool{}
+	if a.group {
+		parents[filepath.Join(cgroupRoot, a.o.Group)] = true
+	}
 	for _, b := range a.o.Journal.All() {
+		if b.Group != "" {
+			parents[filepath.Dir(b.Group)] = true
+		}
 		errs = append(errs, a.Undo(b, controls))
 	}
-	if a.group {
-		_ = os.Remove(filepath.Join(cgroupRoot, a.o.Group)) // fails while there are others in it
+	for p := range parents {
+		if strings.HasPrefix(p, cgroupRoot+"/") {
+			_ = os.Remove(p) // fails while there are others in it
+		}
 	}
 	return errors.Join(errs...)
 }
