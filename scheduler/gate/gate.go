@@ -5,7 +5,6 @@ import (
 	"io"
 	"runtime"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -59,16 +58,21 @@ type Gate struct {
 	done   chan struct{}
 	asleep func(*seat) bool // (*seat).sleeps, but in tests
 
-	mu     sync.Mutex
+	mu     lock
 	closed bool
 	queue  *Queue
 	seats  []*seat
 	params map[string]Params
 	idle   time.Duration // present poll interval when nobody waits
 	looked time.Duration
-	notes  []string
-	rt     bool // SCHED_RR is permitted
-	nice   bool // negative nice values are
+	cost   time.Duration // of a look, on average
+	// relaxed: the watch sleeps for longer than it may when vCPUs wait.
+	relaxed bool
+	notes   []string
+	woken   [8]*seat // to be woken when the lock is free
+	wakes   int
+	rt      bool // SCHED_RR is permitted
+	nice    bool // negative nice values are
 }
 
 // New makes a gate; nil for the policy Linux. The error matches ErrPolicy.
@@ -119,7 +123,7 @@ func (g *Gate) Notes() []string {
 		return nil
 	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	defer g.unlock()
 	return slices.Clone(g.notes)
 }
 
@@ -138,7 +142,7 @@ func (g *Gate) Close() error {
 		}
 		g.poke()
 	}
-	g.mu.Unlock()
+	g.unlock()
 	<-g.done
 	return nil
 }
@@ -149,7 +153,7 @@ func (g *Gate) Set(machine string, p Params) {
 		return
 	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	defer g.unlock()
 	g.params[machine] = p
 	now := g.now()
 	for _, s := range g.seats {
@@ -168,7 +172,7 @@ func (g *Gate) Stats() []Stats {
 		return nil
 	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	defer g.unlock()
 	now := g.now()
 	out := make([]Stats, 0, len(g.seats))
 	for _, s := range g.seats {
@@ -201,10 +205,20 @@ func (g *Gate) Join(machine string, kick func()) (Seat, error) {
 	}
 	s.stat = fd
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	defer g.unlock()
 	s.task.Params = g.params[machine]
 	g.seats = append(g.seats, s)
 	return s, nil
+}
+
+// unlock frees the lock and then wakes those who would only have waited for it.
+func (g *Gate) unlock() {
+	woken, n := g.woken, g.wakes
+	g.wakes = 0
+	g.mu.Unlock()
+	for _, s := range woken[:n] {
+		futexWake(&s.word)
+	}
 }
 
 // now is the time since the gate was made.
@@ -214,7 +228,8 @@ func (g *Gate) now() time.Duration { return time.Since(g.start) }
 // something to look at. Gate.mu is held.
 func (g *Gate) deliver() {
 	g.tell()
-	if g.queue.Waiting() > 0 || g.queue.Busy() == g.cfg.Slots && len(g.seats) > g.cfg.Slots {
+	if g.relaxed && (g.queue.Waiting() > 0 || g.queue.Busy() == g.cfg.Slots && len(g.seats) > g.cfg.Slots) {
+		g.relaxed = false
 		g.poke()
 	}
 }
@@ -262,7 +277,7 @@ func (s *seat) Turn() bool { return s.turn.Load() }
 func (s *seat) Wait() {
 	g := s.g
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	defer g.unlock()
 	now := g.now()
 	s.parked = false
 	switch s.task.State {
@@ -278,7 +293,7 @@ func (s *seat) Wait() {
 	g.deliver()
 	for s.task.State != Running && !s.interrupted && !g.closed {
 		s.word.Store(0)
-		g.mu.Unlock()
+		g.unlock()
 		futexWait(&s.word, 0)
 		g.mu.Lock()
 	}
@@ -288,7 +303,7 @@ func (s *seat) Wait() {
 // Interrupt implements Seat.
 func (s *seat) Interrupt() {
 	s.g.mu.Lock()
-	defer s.g.mu.Unlock()
+	defer s.g.unlock()
 	s.interrupted = true
 	s.wake()
 }
@@ -297,7 +312,7 @@ func (s *seat) Interrupt() {
 func (s *seat) Rest() {
 	g := s.g
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	defer g.unlock()
 	s.parked, s.interrupted = true, false
 	if !g.closed {
 		s.turn.Store(false)
@@ -312,7 +327,7 @@ func (s *seat) Leave() {
 	s.Rest()
 	g := s.g
 	g.mu.Lock()
-	defer g.mu.Unlock()
+	defer g.unlock()
 	if i := slices.Index(g.seats, s); i >= 0 {
 		g.seats = slices.Delete(g.seats, i, i+1)
 		unix.Close(s.stat)
@@ -322,7 +337,16 @@ func (s *seat) Leave() {
 // wake lets the thread look, if it waits.
 func (s *seat) wake() {
 	s.word.Store(1)
-	futexWake(&s.word)
+	g := s.g
+	if !s.waits {
+		return // it looks before it sleeps
+	}
+	if g.wakes == len(g.woken) {
+		futexWake(&s.word)
+		return
+	}
+	g.woken[g.wakes] = s
+	g.wakes++
 }
 
 // out makes the thread leave the guest and come to Wait.
@@ -367,17 +391,17 @@ func (g *Gate) watch(ready chan<- struct{}) {
 	defer close(g.done)
 	g.mu.Lock()
 	g.permissions()
-	g.mu.Unlock()
+	g.unlock()
 	close(ready)
 	for {
 		g.mu.Lock()
 		if g.closed {
-			g.mu.Unlock()
+			g.unlock()
 			unix.Close(g.event)
 			return
 		}
 		wait, forever := g.look()
-		g.mu.Unlock()
+		g.unlock()
 		g.sleep(wait, forever)
 	}
 }
@@ -403,9 +427,11 @@ const idlePoll = 50 * time.Millisecond
 // long nobody needs to look again. Gate.mu is held.
 func (g *Gate) look() (wait time.Duration, forever bool) {
 	now := g.now()
-	if now-g.looked >= g.cfg.Poll*3/4 {
+	poll := g.poll()
+	if now-g.looked >= poll*3/4 {
 		g.inspect(now, now-g.looked)
 		g.looked = now
+		g.cost += (g.now() - now - g.cost) / 8
 	}
 	g.queue.Tick(now)
 	g.tell()
@@ -417,17 +443,30 @@ func (g *Gate) look() (wait time.Duration, forever bool) {
 	}
 	switch {
 	case inside <= g.cfg.Slots:
+		g.relaxed = true
 		return 0, true // there is room for all, whatever they do
 	case g.queue.Waiting() > 0 || g.queue.Busy() == g.cfg.Slots:
-		g.idle = g.cfg.Poll
-		wait = g.cfg.Poll
+		g.idle, g.relaxed = poll, false
+		wait = poll
 		if at, ok := g.queue.Next(now); ok {
 			wait = min(wait, at-now)
 		}
 		return wait, false
 	}
-	g.idle = min(max(2*g.idle, g.cfg.Poll), idlePoll)
+	g.idle, g.relaxed = min(max(2*g.idle, poll), idlePoll), true
 	return g.idle, false
+}
+
+const (
+	// watchShare is the part of a processor that looking may take, as long as
+	// there is a look every longestPoll.
+	watchShare  = 0.05
+	longestPoll = 10 * time.Millisecond
+)
+
+// poll is the time between two looks: longer where a look takes long.
+func (g *Gate) poll() time.Duration {
+	return max(g.cfg.Poll, min(time.Duration(float64(g.cost)/watchShare), longestPoll))
 }
 
 // inspect looks at every thread that is in its guest.
@@ -447,19 +486,23 @@ func (g *Gate) inspect(now, elapsed time.Duration) {
 		case Running:
 			if ran < elapsed/2 && g.asleep(s) {
 				g.queue.Account(now, t)
-				g.queue.Refund(now, t, t.turn-(cpu-s.begun))
+				turn := t.turn
+				g.queue.Refund(now, t, turn-(cpu-s.begun))
+				t.burst = lone(t.burst, turn)
+				t.Burst = min(t.Burst, max(t.burst, t.Burst*3/4))
 				g.queue.Block(now, t)
 				s.over = 0
 				s.turn.Store(false)
 				s.boostIfDue(now)
 			}
 		case Blocked:
-			asleep := g.asleep(s)
+			// One that did not run sleeps, or will be seen next time.
+			asleep := ran < elapsed/2
 			if ran > 0 && (s.boosted || asleep) {
 				// It woke up and ran without asking anybody.
 				woke := s.over == 0
 				s.over += ran
-				g.queue.Charge(t, ran, s.over, woke)
+				g.queue.Charge(t, ran, lone(s.over, elapsed), woke)
 			}
 			if asleep {
 				s.over = 0
@@ -476,6 +519,17 @@ func (g *Gate) inspect(now, elapsed time.Duration) {
 			}
 		}
 	}
+}
+
+// lone is about how long one of the bursts was that a thread has run for, together,
+// in a span of time. One that ran for a small part of a long span woke up more often
+// than it was looked at, and there is nothing cheap that tells how often.
+func lone(ran, span time.Duration) time.Duration {
+	const usual = 4 * time.Millisecond
+	if span <= usual || ran > span*3/10 {
+		return ran
+	}
+	return time.Duration(float64(ran) * float64(usual) / float64(span))
 }
 
 // boostIfDue asks the kernel to let a halted vCPU run as soon as it wakes up, if the

@@ -22,6 +22,26 @@ func futexWake(w *atomic.Uint32) {
 // resetOnFork: threads that this one makes do not get its policy (sched(7)).
 const resetOnFork = 1
 
+// lock is a mutex whose owner and whose waiters stay on their threads: those of vCPUs
+// are locked to their goroutines, and a sync.Mutex would hand them over by way of the
+// Go scheduler and other threads, which takes longer than anything done under it.
+type lock struct{ word atomic.Uint32 } // 0: free, 1: held, 2: and somebody waits
+
+func (l *lock) Lock() {
+	if l.word.CompareAndSwap(0, 1) {
+		return
+	}
+	for l.word.Swap(2) != 0 {
+		futexWait(&l.word, 2)
+	}
+}
+
+func (l *lock) Unlock() {
+	if l.word.Swap(0) == 2 {
+		futexWake(&l.word)
+	}
+}
+
 // setRealtime puts a thread into SCHED_RR.
 func setRealtime(tid int, priority uint32) error {
 	return unix.SchedSetAttr(tid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_RR, Flags: resetOnFork, Priority: priority}, 0)
