@@ -13,10 +13,10 @@ KVMHOST  := $(shell [ -r /dev/kvm ] && [ -w /dev/kvm ] || echo .ci/kvmhost --)
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help run shell test unit bench fuzz lint build kernel deps clean
+.PHONY: help run shell test unit bench bench-sched fuzz lint build kernel deps clean
 
 help: ## show this
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 deps: ## install what builds and tests need (Debian packages)
 	@.ci/deps
@@ -46,6 +46,9 @@ test: build ## all tests, unit and guest
 
 bench: build ## benchmarks and peers side by side, as a table
 	@.ci/bench
+
+bench-sched: build ## the scheduler's figures by policy, with a plot in docs/
+	@.ci/bench-sched
 
 fuzz: deps ## every fuzz target for a short time (FUZZTIME=10s)
 	@.ci/fuzz

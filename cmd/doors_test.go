@@ -45,9 +45,12 @@ var doors = map[string][]string{
 	"snapshot/layers":      {"snapshot/store", "devices", "devices/disk", "devices/virtio", "devices/virtio/blk"},
 	"snapshot/monitor":     {"snapshot/auth", "snapshot/service"},
 	"snapshot/store":       {"vmm/mem"},
-	"scheduler":            {"scheduler/..."},
 	"scheduler/db":         {},
 	"scheduler/rules":      {},
+	"scheduler":            {},
+	"scheduler/gate":       {},
+	"scheduler/linux":      {"scheduler"},
+	"scheduler/sim":        {"scheduler", "scheduler/gate"},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},
 }

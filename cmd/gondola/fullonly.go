@@ -11,4 +11,6 @@ var fullOnly = [][2]string{
 	{"db", "Ask the database of what machines did and what was done to them"},
 	{"rules", "Set priorities in guests, and allocations, by rules"},
 	{"service", "Tell how services are that machines make up"},
+	{"sched", "Give the running machines processor, disk and network by what they do"},
+	{"sim", "Simulate scheduling policies on a trace of what machines did"},
 }

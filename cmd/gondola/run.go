@@ -50,6 +50,7 @@ type runFlags struct {
 	noBalloon                     bool
 	shares                        uint64
 	memoryMin, memoryMax          memorySize
+	timeCritical                  bool
 	commandFlags
 }
 
@@ -127,6 +128,7 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.Uint64Var(&f.shares, "shares", control.DefaultShares, "part in the division of the host's memory (gondola manager)")
 	fl.Var(&f.memoryMin, "memory-min", "memory that is never taken, and must be there for a start (default half of it)")
 	fl.Var(&f.memoryMax, "memory-max", "memory that the manager gives at most (default all of it)")
+	fl.BoolVar(&f.timeCritical, "time-critical", false, "mark the machine for the scheduler: it runs as soon as it has something to do")
 	fl.DurationVar(&f.timeout, "timeout", 0, "end the machine after this time, with exit code 124")
 	fl.StringSliceVar(&f.debug, "debug", nil, "at the end, show: "+strings.Join(debugTopics, ", "))
 	choices := func(name string, vs ...string) {

@@ -28,6 +28,7 @@ const (
 	OpPause  = "machine.pause"  // no arguments, empty reply
 	OpResume = "machine.resume" // no arguments, empty reply
 
+	OpCounters   = "machine.counters"    // no arguments → Info without what takes long to count
 	OpLimits     = "machine.limits"      // LimitsRequest → []iostat.Info
 	OpDiskAttach = "machine.disk.attach" // Disk → DiskAttached
 	OpDiskDetach = "machine.disk.detach" // DiskDetach, empty reply
@@ -148,11 +149,13 @@ type LogsRequest struct {
 	Follow bool `cbor:"1,keyasint,omitempty"` // and what comes, until the machine's end
 }
 
-// Policy is a machine's part in the division of the host's memory.
+// Policy is a machine's part in the division of the host's resources.
 type Policy struct {
 	Shares uint64 `cbor:"1,keyasint,omitempty" json:"shares"`    // 0 is DefaultShares
 	Min    uint64 `cbor:"2,keyasint,omitempty" json:"min_bytes"` // never taken; 0: see DefaultMin
 	Max    uint64 `cbor:"3,keyasint,omitempty" json:"max_bytes"` // never given more; 0 is all it was configured with
+	// TimeCritical: the host's configuration marks it, for the scheduler.
+	TimeCritical bool `cbor:"4,keyasint,omitempty" json:"time_critical,omitempty"`
 }
 
 // DefaultShares of a machine.

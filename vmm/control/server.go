@@ -248,6 +248,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		OpResume: handle(s.resume),
 
 		OpBalloon:    handle(s.balloon),
+		OpCounters:   handle(s.counters),
 		OpLimits:     handle(s.limits),
 		OpDiskAttach: handle(s.attachDisk),
 		OpDiskDetach: handle(s.detachDisk),
@@ -336,7 +337,14 @@ func fail(c *proto.Call, err error) {
 	}
 }
 
-func (s *Server) info(*proto.Call, *struct{}) (any, error) {
+func (s *Server) info(*proto.Call, *struct{}) (any, error) { return s.describe(true), nil }
+
+// counters performs OpCounters.
+func (s *Server) counters(*proto.Call, *struct{}) (any, error) { return s.describe(false), nil }
+
+// describe describes the machine; pss tells whether its memory is to be counted page by
+// page.
+func (s *Server) describe(pss bool) Info {
 	info := s.cfg.Info
 	s.mu.Lock()
 	info.Clients = len(s.clients)
@@ -350,13 +358,13 @@ func (s *Server) info(*proto.Call, *struct{}) (any, error) {
 			info.Devices = m.Devices()
 		}
 		info.State = s.state(paused)
-		info.Use = memory(s.machine, true)
+		info.Use = memory(s.machine, pss)
 	default:
 	}
 	if stopping && info.State != StateEnded {
 		info.State = StateStopping
 	}
-	return info, nil
+	return info
 }
 
 // state is that of an attached machine.
