@@ -21,12 +21,13 @@ help: ## show this
 deps: ## install what builds and tests need (Debian packages)
 	@.ci/deps
 
-build: deps ## build bin/gondola with the guest agent inside, and bin/gondola-full with the commands on data
+build: deps ## build bin/gondola with the guest's programs inside
 	@mkdir -p $(BIN)
 	@$(GO) build -trimpath -ldflags '-s -w' -o cmd/gondola/agentbin/gondola-agent ./cmd/gondola-agent
-	@$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/gondola-env ./cmd/gondola-env
-	@$(GO) build -trimpath -tags embed_agent,slim -ldflags '$(LDFLAGS)' -o $(BIN)/gondola ./cmd/gondola
+	@$(GO) build -trimpath -ldflags '-s -w' -o cmd/gondola/agentbin/gondola-env ./cmd/gondola-env
+	@cp cmd/gondola/agentbin/gondola-env $(BIN)/gondola-env
 	@$(GO) build -trimpath -tags embed_agent -ldflags '$(LDFLAGS)' -o $(BIN)/gondola-full ./cmd/gondola
+	@$(GO) build -trimpath -tags embed_agent,lean -ldflags '$(LDFLAGS)' -o $(BIN)/gondola ./cmd/gondola
 	@echo "built $(BIN)/gondola"
 
 kernel: build ## build the guest kernel, or find it in the cache

@@ -42,6 +42,7 @@ var doors = map[string][]string{
 	"snapshot/auth":        {},
 	"snapshot/ports":       {"guestagent/proto"},
 	"snapshot/service":     {"snapshot/auth", "snapshot/ports", "guestagent/proto"},
+	"snapshot/layers":      {"snapshot/store", "devices", "devices/disk", "devices/virtio", "devices/virtio/blk"},
 	"snapshot/monitor":     {"snapshot/auth", "snapshot/service"},
 	"snapshot/store":       {"vmm/mem"},
 	"scheduler":            {"scheduler/..."},

@@ -26,6 +26,15 @@ type Stateful interface {
 	LoadState(State) (apply func(), err error)
 }
 
+// Stager is a Stateful whose loading needs something that may fail, and that is used
+// up by it: Stage gets it ready, and apply, of the same state, takes it. Nothing the
+// guest sees has changed before; abort undoes Stage, and does nothing after apply. A
+// device that has nothing to do returns a nil abort.
+type Stager interface {
+	Stateful
+	Stage(State) (abort func(), err error)
+}
+
 // State is what a device saved. The data's form depends on the version.
 type State struct {
 	Version uint32

@@ -50,6 +50,12 @@ func (c *Client) put(ctx context.Context, req proto.Put, r io.Reader) error {
 	return nil
 }
 
+// Symlink makes a symbolic link to target in the guest, in the place of whatever
+// has the name.
+func (c *Client) Symlink(ctx context.Context, target, name string) error {
+	return c.put(ctx, proto.Put{Path: name, Mode: proto.ModeSymlink | 0o777, Target: target}, nil)
+}
+
 // Get writes the content of a file in the guest to w and describes the file. A
 // symbolic link is followed.
 func (c *Client) Get(ctx context.Context, name string, w io.Writer) (proto.FileInfo, error) {

@@ -62,7 +62,11 @@ func Ops(get func(context.Context) (*Manager, error)) map[string]service.Op {
 			return result, nil
 		}),
 		OpDelete: op(get, func(ctx context.Context, m *Manager, _ *service.Call, a *ports.Name) (any, error) {
-			return nil, m.cfg.Store.Delete(ctx, a.Name)
+			err := m.cfg.Store.Delete(ctx, a.Name)
+			if err == nil && m.cfg.Deleted != nil {
+				m.cfg.Deleted(ctx)
+			}
+			return nil, err
 		}),
 		OpDescribe: op(get, func(ctx context.Context, m *Manager, _ *service.Call, a *ports.DescribeRequest) (any, error) {
 			if a.Description != nil {

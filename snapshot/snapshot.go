@@ -41,6 +41,9 @@ type Config struct {
 	// and before it goes on, to make it another copy than those before (spec
 	// S5.13). It must not use the machine.
 	Restored func()
+	// Deleted, if set, is called when a state was deleted through Ops, to remove
+	// what it had outside of the store.
+	Deleted func(context.Context)
 }
 
 // Event is something that happened to the machine's states.

@@ -32,7 +32,8 @@ var (
 	// ErrState: the state cannot be loaded. The message says what is wrong with
 	// it; the machine is what it was.
 	ErrState = errors.New("the state does not fit this machine")
-	// ErrNotSavable: the machine has a device that has no notion of state.
+	// ErrNotSavable: the machine has a device that has no notion of state, or
+	// cannot save it now.
 	ErrNotSavable = errors.New("the machine cannot be saved")
 	// ErrLoad: loading failed half-way, which has ended the machine.
 	ErrLoad = errors.New("the machine was lost while a state was loaded")
@@ -213,6 +214,9 @@ func (f *Frozen) Save() (*State, error) {
 			continue
 		}
 		s, err := p.dev.SaveState()
+		if err != nil {
+			return nil, fmt.Errorf("%w: %s: %w", ErrNotSavable, p.name, err)
+		}
 		if err := add(prefixDevice+p.name, s, err); err != nil {
 			return nil, err
 		}
@@ -542,6 +546,7 @@ func (vm *VM) loadChips(l *chipLoad) error {
 type Prepared struct {
 	vm    *VM
 	apply []func()
+	stage []func() (abort func(), err error)
 	chips *chipLoad
 	cpus  []*cpuLoad
 }
@@ -610,6 +615,10 @@ func (vm *VM) Prepare(st *State) (*Prepared, error) {
 			return nil, wrap(name, err)
 		}
 		p.apply = append(p.apply, apply)
+		if g, ok := d.dev.(devices.Stager); ok {
+			st := s
+			p.stage = append(p.stage, func() (func(), error) { return g.Stage(st) })
+		}
 	}
 	for name := range sections {
 		return nil, fmt.Errorf("%w: this machine has no %.64q", ErrState, name)
@@ -621,11 +630,21 @@ func (vm *VM) Prepare(st *State) (*Prepared, error) {
 // the state, then everything else is. What memory writes is no change for TakeDirty;
 // what changed before is the caller's to take first. When the machine goes on it does so as from
 // the moment of Save. An error of memory, or of KVM, leaves a machine that is neither
-// and ends its run; it matches ErrLoad.
+// and ends its run; it matches ErrLoad. Another error, of a device that cannot get
+// ready, changes nothing.
 func (f *Frozen) Load(p *Prepared, memory func() error) (err error) {
 	vm := f.vm
 	if p.vm != vm {
 		return fmt.Errorf("%w: it was prepared for another one", ErrState)
+	}
+	for _, stage := range p.stage {
+		abort, err := stage()
+		if err != nil {
+			return fmt.Errorf("getting a device ready: %w", err)
+		}
+		if abort != nil {
+			defer abort()
+		}
 	}
 	defer func() {
 		if err != nil {

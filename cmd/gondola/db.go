@@ -1,4 +1,4 @@
-//go:build !slim
+//go:build !lean
 
 package main
 
@@ -256,10 +256,4 @@ func cells(row []any) []string {
 		}
 	}
 	return all
-}
-
-// dataCommands are those that need the database or the rules' language, which cost
-// a program some 20 ms of start-up: a slim gondola leaves them to a full one.
-func dataCommands() []*cobra.Command {
-	return []*cobra.Command{dbCommand(), rulesCommand(), serviceCommand()}
 }

@@ -103,8 +103,9 @@ written any more (docs/disk-layers.md). Files are locked while they are used.
 
 gondola run --disk PATH[,OPTION…] attaches a disk; the options are
   ro              read-only; several machines can use the file so
-  cow             what the guest writes goes to a temporary layer, PATH stays as
-                  it is; several machines can use the file so
+  cow             what the guest writes goes to a temporary layer, and to those of
+                  the machine's states; PATH stays as it is; several machines can
+                  use the file so
   serial=TEXT     serial number, at most 20 characters
   queues=N        request queues, 1 to 16
   block=BYTES     logical block size, 512 to 4096
@@ -249,14 +250,8 @@ disk attached with ro looks writable to the guest, and writing it fails.`,
 		},
 		ValidArgsFunction: completeMachineThenFile,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			d, err := parseDisk(args[1])
+			d, err := diskToAttach(args[1])
 			if err != nil {
-				return usageError{err}
-			}
-			if d.Queues != 0 || d.BlockSize != 0 {
-				return usageError{fmt.Errorf("%s: queues and block are the slot's", args[1])}
-			}
-			if d.Path, err = filepath.Abs(d.Path); err != nil {
 				return err
 			}
 			c, err := dial(cmd.Context(), args[0])
@@ -264,7 +259,7 @@ disk attached with ro looks writable to the guest, and writing it fails.`,
 				return err
 			}
 			defer c.Close()
-			name, err := c.AttachDisk(cmd.Context(), control.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Serial: d.Serial, Limits: d.Limits})
+			name, err := c.AttachDisk(cmd.Context(), d)
 			if err != nil {
 				return fmt.Errorf("machine %s: %w", args[0], err)
 			}
@@ -272,6 +267,21 @@ disk attached with ro looks writable to the guest, and writing it fails.`,
 			return err
 		},
 	}
+}
+
+// diskToAttach reads PATH[,OPTION…] of a disk for a slot.
+func diskToAttach(s string) (control.Disk, error) {
+	d, err := parseDisk(s)
+	if err != nil {
+		return control.Disk{}, usageError{err}
+	}
+	if d.Queues != 0 || d.BlockSize != 0 {
+		return control.Disk{}, usageError{fmt.Errorf("%s: queues and block are the slot's", s)}
+	}
+	if d.Path, err = filepath.Abs(d.Path); err != nil {
+		return control.Disk{}, err
+	}
+	return control.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Serial: d.Serial, Limits: d.Limits}, nil
 }
 
 func completeMachineThenFile(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {

@@ -50,6 +50,7 @@ type ioMachine struct {
 
 	mu       sync.Mutex
 	attached []control.Disk
+	down     bool
 }
 
 // disks are those that were attached.
@@ -75,6 +76,12 @@ func (m *ioMachine) AttachDisk(d control.Disk) (string, error) {
 	defer m.mu.Unlock()
 	m.attached = append(m.attached, d)
 	return "vdb", nil
+}
+func (m *ioMachine) SetLink(up bool) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.down = !up
+	return nil
 }
 func (m *ioMachine) DetachDisk(string) error {
 	m.mu.Lock()
@@ -123,4 +130,59 @@ func TestLimitsAndHotDisks(t *testing.T) {
 	r = gondola(t, "disk", "detach", "m", "vdb")
 	require.Zero(t, r.code, r.stderr)
 	assert.Empty(t, m.disks())
+
+	for _, state := range []string{"down", "up"} {
+		r = gondola(t, "link", "m", state)
+		require.Zero(t, r.code, r.stderr)
+		assert.Equal(t, state == "down", m.down)
+	}
+	r = gondola(t, "link", "m", "sideways")
+	assert.Equal(t, exitUsage, r.code)
+	r = gondola(t, "link", "other", "up")
+	assert.Equal(t, exitFailed, r.code)
+}
+
+func TestParseNetworks(t *testing.T) {
+	n, err := parseNetwork("private:lab,ip=10.9.0.1/24,mtu=9000,link=down,bps=10M")
+	require.NoError(t, err)
+	assert.Equal(t, "lab", n.Private)
+	assert.EqualValues(t, 9000, n.MTU)
+	assert.True(t, n.Down)
+	privateNet(n, "a")
+	assert.Equal(t, "lab", filepath.Base(n.Private))
+	other, err := parseNetwork("private:lab")
+	require.NoError(t, err)
+	privateNet(other, "b")
+	assert.NotEqual(t, n.MAC, other.MAC)
+	assert.Equal(t, n.Private, other.Private)
+	assert.Zero(t, n.MAC[0]&1, "a station's")
+	fixed, err := parseNetwork("private:lab,mac=02:00:00:00:00:09")
+	require.NoError(t, err)
+	privateNet(fixed, "b")
+	assert.Equal(t, [6]byte{2, 0, 0, 0, 0, 9}, fixed.MAC)
+	for _, bad := range []string{"private:", "private:../x", "private:lab,host", "user,ip=10.0.0.1/8", "user,link=sideways", "privat:x", "tap:"} {
+		_, err := parseNetwork(bad)
+		assert.Error(t, err, bad)
+	}
+
+	f, err := parseForward("53:5353/udp")
+	require.NoError(t, err)
+	assert.True(t, f.UDP)
+	assert.EqualValues(t, 5353, f.Guest)
+	f, err = parseForward("0.0.0.0:80:8080/tcp")
+	require.NoError(t, err)
+	assert.False(t, f.UDP)
+	for _, bad := range []string{"53:53/sctp", "53", "53:0", "x:1", "53:53/"} {
+		_, err := parseForward(bad)
+		assert.Error(t, err, bad)
+	}
+
+	v, err := parseVsock("3,path=/tmp/x")
+	require.NoError(t, err)
+	assert.EqualValues(t, 3, v.CID)
+	assert.Equal(t, "/tmp/x", v.Path)
+	for _, bad := range []string{"", "2", "x", "4294967295", "3,path=", "3,file=x"} {
+		_, err := parseVsock(bad)
+		assert.Error(t, err, bad)
+	}
 }

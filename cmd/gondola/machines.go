@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
@@ -178,6 +179,15 @@ func (p *published) stateKeeper() *states {
 		return nil
 	}
 	return p.states
+}
+
+// vsockPath is where the machine's virtio sockets are by default, "" if it has no
+// directory.
+func (p *published) vsockPath(name string) string {
+	if p == nil {
+		return ""
+	}
+	return filepath.Join(p.home.Path(), name, "vsock")
 }
 
 // attach connects the machine when it runs.

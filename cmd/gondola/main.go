@@ -63,6 +63,7 @@ ordinary Linux kernel, also on hosts whose KVM has no hardware support.
   gondola run                  an interactive shell in a fresh machine
   gondola run -d --name dev    a machine in the background: gondola exec dev -- ps
   gondola auth add dev me --allow save   let programs in the guest ask for something
+  gondola env create dev tools  changes that do not touch the guest itself
   gondola doctor               what this host can do
 
 Files are cached under $GONDOLA_CACHE, $XDG_CACHE_HOME/gondola or
@@ -77,8 +78,8 @@ signal N; otherwise the guest command's own.`,
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), userlandCommand(), versionCommand(),
 		psCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), pauseCommand(), resumeCommand(),
-		authCommand(), stateCommand(), diskCommand(), limitsCommand(), balloonCommand(), managerCommand(), testExecCommand())
-	root.AddCommand(dataCommands()...)
+		authCommand(), stateCommand(), diskCommand(), limitsCommand(), linkCommand(), envCommand(), balloonCommand(), testExecCommand())
+	root.AddCommand(fullCommands()...)
 	return root
 }
 

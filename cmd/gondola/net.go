@@ -1,36 +1,50 @@
 package main
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"strconv"
 	"strings"
 
+	"github.com/spf13/cobra"
+
 	"github.com/gondola-vmm/gondola/devices/usernet"
+	"github.com/gondola-vmm/gondola/devices/virtio/vsock"
+	"github.com/gondola-vmm/gondola/vmm/control"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 )
 
-// parseNetwork reads user[,OPTION…], tap:NAME[,OPTION…] or none.
+// parseNetwork reads user[,OPTION…], tap:NAME[,OPTION…], private:NAME[,OPTION…] or
+// none. The directory of a private network is the caller's to find (privateNet).
 func parseNetwork(s string) (*guest.Network, error) {
 	words := strings.Split(s, ",")
 	n := &guest.Network{}
 	tap, isTap := strings.CutPrefix(words[0], "tap:")
+	private, isPrivate := strings.CutPrefix(words[0], "private:")
+	configured := isTap || isPrivate // by options
 	switch {
 	case s == "none":
 		return nil, nil
 	case isTap && tap != "" && len(tap) < 16:
 		n.Tap = tap
+	case isPrivate:
+		if err := control.CheckName(private); err != nil {
+			return nil, err
+		}
+		n.Private = private
 	case words[0] == "user":
 	default:
-		return nil, fmt.Errorf("%q: choose user, tap:NAME or none", s)
+		return nil, fmt.Errorf("%q: choose user, tap:NAME, private:NAME or none", s)
 	}
 	for _, w := range words[1:] {
 		name, value, _ := strings.Cut(w, "=")
 		var err error
 		switch {
-		case name == "host" && value == "" && !isTap:
+		case name == "host" && value == "" && !configured:
 			n.HostAccess = true
 		case name == "mac":
 			var hw net.HardwareAddr
@@ -46,16 +60,20 @@ func parseNetwork(s string) (*guest.Network, error) {
 				err = errors.New("want 576 to 65535")
 			}
 			n.MTU = uint16(v)
-		case name == "ip" && isTap:
+		case name == "link":
+			if n.Down = value == "down"; value != "down" && value != "up" {
+				err = errors.New("want up or down")
+			}
+		case name == "ip" && configured:
 			n.Address, err = netip.ParsePrefix(value)
-		case name == "gw" && isTap:
+		case name == "gw" && configured:
 			n.Gateway, err = netip.ParseAddr(value)
-		case name == "dns" && isTap:
+		case name == "dns" && configured:
 			n.DNS, err = netip.ParseAddr(value)
 		default:
 			var known bool
 			if known, err = limitOption(&n.Limits, name, value); !known {
-				err = errors.New("the options are mac=ADDRESS, mtu=N, " + limitOptions + "; with user host, with tap ip=ADDRESS/BITS, gw=ADDRESS, dns=ADDRESS")
+				err = errors.New("the options are mac=ADDRESS, mtu=N, link=up or down, " + limitOptions + "; with user host, with tap and private ip=ADDRESS/BITS, gw=ADDRESS, dns=ADDRESS")
 			}
 		}
 		if err != nil {
@@ -65,9 +83,23 @@ func parseNetwork(s string) (*guest.Network, error) {
 	return n, nil
 }
 
-// parseForward reads [ADDRESS:]HOST:GUEST.
+// privateNet finds the directory of a machine's private network, and gives the
+// machine an address of its own there, which is the same each time.
+func privateNet(n *guest.Network, machine string) {
+	n.Private = filepath.Join(control.DefaultHome(), ".nets", n.Private)
+	if n.MAC == [6]byte{} {
+		sum := sha256.Sum256([]byte(machine))
+		n.MAC = [6]byte{0x52, 0x54, 0, sum[0], sum[1], sum[2]}
+	}
+}
+
+// parseForward reads [ADDRESS:]HOST:GUEST[/udp|/tcp].
 func parseForward(s string) (usernet.Forward, error) {
-	bad := fmt.Errorf("%q: want [ADDRESS:]HOSTPORT:GUESTPORT, for example 8080:80", s)
+	bad := fmt.Errorf("%q: want [ADDRESS:]HOSTPORT:GUESTPORT[/udp], for example 8080:80 or 53:53/udp", s)
+	s, proto, given := strings.Cut(s, "/")
+	if given && proto != "udp" && proto != "tcp" {
+		return usernet.Forward{}, bad
+	}
 	i := strings.LastIndexByte(s, ':')
 	if i < 0 {
 		return usernet.Forward{}, bad
@@ -81,5 +113,58 @@ func parseForward(s string) (usernet.Forward, error) {
 	if err != nil || perr != nil || to == 0 || !at.Addr().Is4() {
 		return usernet.Forward{}, bad
 	}
-	return usernet.Forward{Host: at, Guest: uint16(to)}, nil
+	return usernet.Forward{Host: at, Guest: uint16(to), UDP: proto == "udp"}, nil
+}
+
+func linkCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "link NAME up|down",
+		Short: "Plug the cable of a machine's network in or out",
+		Long: `Plug the cable of a running machine's network in or out: the guest sees the
+carrier of eth0 come and go. Frames are lost while it is out.`,
+		Example: "  gondola link dev down",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 2 || args[1] != "up" && args[1] != "down" {
+				return usageError{errors.New("gondola link takes the machine's name, and up or down")}
+			}
+			return nil
+		},
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 1 {
+				return []string{"up", "down"}, cobra.ShellCompDirectiveNoFileComp
+			}
+			return completeMachine(cmd, args, word)
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := dial(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if err := c.SetLink(cmd.Context(), args[1] == "up"); err != nil {
+				return fmt.Errorf("machine %s: %w", args[0], err)
+			}
+			return nil
+		},
+	}
+}
+
+// parseVsock reads CID[,path=PATH].
+func parseVsock(s string) (*guest.Vsock, error) {
+	cid, rest, _ := strings.Cut(s, ",")
+	n, err := strconv.ParseUint(cid, 10, 32)
+	if err != nil || n < vsock.MinCID || n > vsock.MaxCID {
+		return nil, fmt.Errorf("%q: want a CID of %d to %d", cid, vsock.MinCID, uint64(vsock.MaxCID))
+	}
+	v := &guest.Vsock{CID: uint32(n)}
+	if rest != "" {
+		path, ok := strings.CutPrefix(rest, "path=")
+		if !ok || path == "" {
+			return nil, fmt.Errorf("%q: the one option is path=PATH", rest)
+		}
+		if v.Path, err = filepath.Abs(path); err != nil {
+			return nil, err
+		}
+	}
+	return v, nil
 }

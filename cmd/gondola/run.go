@@ -8,6 +8,8 @@ import (
 	"maps"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -43,6 +45,7 @@ type runFlags struct {
 	diskSlots                     int
 	net                           string
 	ports                         []string
+	vsock                         string
 	detach, named                 bool // named: with --name
 	noBalloon                     bool
 	shares                        uint64
@@ -87,6 +90,7 @@ shows them, --no-host-cmdline leaves them out.`,
   echo 'ps; mount' | gondola run
   gondola run --disk root.img,cow --disk data.img,serial=data -- mount -t ext4 /dev/vda /mnt
   gondola run --net user -p 8080:80 -- httpd -f
+  gondola run --vsock 3,path=/tmp/dev.vsock -d --name dev
   gondola run --kernel vmlinuz --console serial`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -107,8 +111,9 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.StringArrayVar(&f.copies, "copy", nil, "copy HOST[:GUEST], a file or directory, into the guest (repeatable)")
 	fl.StringArrayVar(&f.disks, "disk", nil, "attach a disk, PATH[,OPTION…], see gondola disk (repeatable)")
 	fl.IntVar(&f.diskSlots, "disk-slots", 0, "empty disks behind them, for gondola disk attach")
-	fl.StringVar(&f.net, "net", "none", "network: user[,host] needs no privileges, tap:NAME[,ip=…,gw=…,dns=…], or none; also mac=, mtu= and limits as for disks")
-	fl.StringArrayVarP(&f.ports, "publish", "p", nil, "make a TCP port of the guest reachable on the host, [ADDRESS:]HOST:GUEST; --net user if no other is given (repeatable)")
+	fl.StringVar(&f.net, "net", "none", "network: user[,host] needs no privileges, private:NAME connects the machines that name it, tap:NAME is an interface of the host, or none; also ip=, gw=, dns= (but for user), mac=, mtu=, link=down and limits as for disks")
+	fl.StringArrayVarP(&f.ports, "publish", "p", nil, "make a port of the guest reachable on the host, [ADDRESS:]HOST:GUEST[/udp]; --net user if no other is given (repeatable)")
+	fl.StringVar(&f.vsock, "vsock", "", "virtio sockets, CID[,path=PATH]: programs on the host connect to the UNIX socket PATH (default: see gondola info) and say CONNECT port, those in the guest reach PATH_port")
 	f.register(c)
 	fl.BoolVarP(&f.detach, "detach", "d", false, "run in the background: print the machine's name when its agent answers")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show the kernel's messages on standard error")
@@ -197,10 +202,15 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 		if err != nil {
 			return cfg, usageError{fmt.Errorf("--publish %w", err)}
 		}
-		if cfg.Net.Tap != "" {
-			return cfg, usageError{errors.New("--publish is for --net user: a TAP interface's guest has an address of its own")}
+		if cfg.Net.Tap != "" || cfg.Net.Private != "" {
+			return cfg, usageError{errors.New("--publish is for --net user: on other networks the guest has an address of its own")}
 		}
 		cfg.Net.Forwards = append(cfg.Net.Forwards, p)
+	}
+	if f.vsock != "" {
+		if cfg.Vsock, err = parseVsock(f.vsock); err != nil {
+			return cfg, usageError{fmt.Errorf("--vsock %w", err)}
+		}
 	}
 	if err := f.check(); err != nil {
 		return cfg, err
@@ -265,14 +275,29 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer pub.Close()
+	if cfg.Net != nil && cfg.Net.Private != "" {
+		privateNet(cfg.Net, cfg.Name)
+	}
+	if v := cfg.Vsock; v != nil && v.Path == "" {
+		if v.Path = pub.vsockPath(cfg.Name); v.Path == "" {
+			return errors.New("--vsock: the machine has no directory for its socket: give path=PATH")
+		}
+	}
 	if err := admit(ctx, cfg.Name, f.policy()); err != nil {
 		return err
+	}
+	if s := pub.stateKeeper(); s != nil && len(cfg.Disks)+cfg.DiskSlots > 0 {
+		if err := keepLayers(ctx, &cfg); err != nil {
+			return fmt.Errorf("layers of the machine's disks: %w", err)
+		}
+		defer os.Remove(filepath.Dir(cfg.DiskStates)) // fails if there are states
 	}
 	var r *requests
 	if !f.noPorts {
 		r = serveRequests(&cfg, pub.stateKeeper())
 		defer r.Close()
 	}
+	moreProcs(f.cpus)
 	g, err := guest.Start(ctx, cfg)
 	if err != nil {
 		return f.cause(ctx, err)
@@ -288,6 +313,16 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	f.report(g)
 	return f.cause(ctx, err)
+}
+
+// moreProcs lets devices run beside vCPUs on hosts with few processors. A thread in
+// KVM_RUN keeps its place among those that GOMAXPROCS allows until the Go runtime
+// notices, which takes it up to 10 ms, and so long a request would wait
+// (docs/host.md). $GOMAXPROCS overrides it.
+func moreProcs(vcpus int) {
+	if _, set := os.LookupEnv("GOMAXPROCS"); !set && runtime.GOMAXPROCS(0) < vcpus+2 {
+		runtime.GOMAXPROCS(vcpus + 2)
+	}
 }
 
 // cause turns the error of an interrupted run into what interrupted it.

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/gondola-vmm/gondola/snapshot"
+	"github.com/gondola-vmm/gondola/snapshot/layers"
 	"github.com/gondola-vmm/gondola/snapshot/ports"
 	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm/control"
@@ -420,7 +421,7 @@ func stateRemoveCommand() *cobra.Command {
 					}
 					errs = append(errs, err)
 				}
-				return errors.Join(errs...)
+				return errors.Join(append(errs, layers.Collect(cmd.Context(), s))...)
 			})
 		},
 	}
@@ -542,6 +543,9 @@ func stateExportCommand() *cobra.Command {
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
 			return withStates(args[0], func(s *store.Store) error {
+				if err := warnOfDisks(ctx, cmd.ErrOrStderr(), s, args[1]); err != nil {
+					return err
+				}
 				if args[2] == "-" {
 					return s.Export(ctx, args[1], cmd.OutOrStdout())
 				}
@@ -558,6 +562,19 @@ func stateExportCommand() *cobra.Command {
 			})
 		},
 	}
+}
+
+// warnOfDisks says so if a state has disks, which are not exported.
+func warnOfDisks(ctx context.Context, to io.Writer, s *store.Store, name string) error {
+	st, err := s.Get(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	if ids, err := layers.Of(st); err == nil && len(ids) > 0 {
+		fmt.Fprintf(to, "gondola: the disks of state %s are not in the file: it can be restored only where their layers are (docs/disk-layers.md)\n", name)
+	}
+	return nil
 }
 
 func stateImportCommand() *cobra.Command {

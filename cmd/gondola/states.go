@@ -10,6 +10,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/snapshot"
+	"github.com/gondola-vmm/gondola/snapshot/layers"
 	"github.com/gondola-vmm/gondola/snapshot/ports"
 	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm/control"
@@ -71,6 +72,25 @@ func openStates(machine string, make bool) (*store.Store, error) {
 	return store.Open(dir, store.Options{Buffer: saveBuffer})
 }
 
+// keepLayers gives the machine that cfg describes, whose name is settled, a place for
+// the layers that its states have of its disks. What a machine of this name left there
+// when it was killed is removed.
+func keepLayers(ctx context.Context, cfg *guest.Config) error {
+	dir, err := statesDir(cfg.Name)
+	if err != nil {
+		return nil // no states, and temporary layers where temporary files are
+	}
+	cfg.DiskStates = layers.Dir(dir)
+	if _, err := os.Stat(cfg.DiskStates); err != nil {
+		return nil // nothing was left
+	}
+	s, err := openStates(cfg.Name, true)
+	if err != nil {
+		return err
+	}
+	return errors.Join(layers.Collect(ctx, s), s.Close())
+}
+
 // states are those of the machine that this process runs. The directory is made
 // when the first one is saved.
 type states struct {
@@ -112,7 +132,11 @@ func (s *states) get(ctx context.Context) (*snapshot.Manager, error) {
 			return nil, err
 		}
 		s.store = st
-		s.manager = snapshot.New(snapshot.Config{VM: s.guest.VM(), Store: st, Restored: s.guest.Renew})
+		s.manager = snapshot.New(snapshot.Config{VM: s.guest.VM(), Store: st, Restored: s.guest.Renew, Deleted: func(ctx context.Context) {
+			if err := layers.Collect(ctx, st); err != nil { // the next start, or gondola state rm, does it
+				fmt.Fprintf(os.Stderr, "gondola: layers of deleted states: %v\n", err)
+			}
+		}})
 	}
 	return s.manager, nil
 }

@@ -73,6 +73,9 @@ type Image interface {
 type Options struct {
 	// ReadOnly opens without writing anything, also a layer's own file.
 	ReadOnly bool
+	// States is the directory where the layers of the disk's states are found
+	// (Disk.Keep); "": the disk has none.
+	States string
 }
 
 // open opens a file of any kind; depth counts what is on top of it.

@@ -16,6 +16,10 @@ type Disk struct {
 	top  image
 	path string // of top
 	temp bool   // top has no name any more
+
+	states  string // directory of the layers of states; "": none
+	scratch bool   // top's file goes away with the Disk
+	lost    error  // why flushes fail
 }
 
 // Open opens a layer file, a raw image file or a block device, and everything
@@ -23,10 +27,20 @@ type Disk struct {
 // raw.
 func Open(path string, o Options) (*Disk, error) {
 	top, err := open(path, o.ReadOnly, 0)
+	if errors.Is(err, ErrReadOnly) && IsLayer(path) {
+		l, rerr := resume(path)
+		if l == nil {
+			return nil, errors.Join(err, rerr)
+		}
+		top, err = l, nil
+	}
 	if err != nil {
 		return nil, err
 	}
-	return &Disk{top: top, path: path}, nil
+	if o.States != "" && !top.ReadOnly() {
+		sweep(path)
+	}
+	return &Disk{top: top, path: path, states: o.States}, nil
 }
 
 // Create makes a layer file over a raw image, block device or layer, which from
@@ -130,11 +144,12 @@ func (d *Disk) NewLayer(path string) error {
 	return nil
 }
 
-// Path is the file of the top, and whether it is a temporary layer.
+// Path is the file of the top, and whether it is a temporary layer, which goes away
+// with the Disk.
 func (d *Disk) Path() (path string, temporary bool) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	return d.path, d.temp
+	return d.path, d.temp || d.scratch
 }
 
 // Size implements Image.
@@ -169,6 +184,9 @@ func (d *Disk) WriteV(iov [][]byte, off uint64) error {
 func (d *Disk) Flush() error {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
+	if d.lost != nil {
+		return d.lost
+	}
 	return d.top.Flush()
 }
 
@@ -190,7 +208,12 @@ func (d *Disk) WriteZeroes(off, n uint64, unmap bool) error {
 func (d *Disk) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.top.Close()
+	err := d.top.Close()
+	if d.scratch {
+		d.scratch = false
+		err = errors.Join(err, os.Remove(d.path), tidy(d.states))
+	}
+	return err
 }
 
 // File describes one file of a stack.

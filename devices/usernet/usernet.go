@@ -62,10 +62,11 @@ const (
 
 var gatewayMAC = tcpip.LinkAddress("\x52\x55\x0a\x00\x02\x02")
 
-// Forward makes a TCP port of the guest reachable on the host.
+// Forward makes a port of the guest reachable on the host.
 type Forward struct {
 	Host  netip.AddrPort // where to listen; port 0 is any free one
 	Guest uint16
+	UDP   bool // else TCP
 }
 
 // Config of a network.
@@ -93,7 +94,13 @@ type Network struct {
 	tcp    chan struct{} // a slot for each connection
 	udp    chan struct{}
 
-	listeners []net.Listener
+	listeners []listener
+}
+
+// listener is what a forward listens at.
+type listener interface {
+	Close() error
+	Addr() net.Addr
 }
 
 // flows is the life of the connections and flows that there are.
@@ -161,7 +168,11 @@ func New(cfg Config) (_ *Network, err error) {
 		return nil, err
 	}
 	for _, f := range cfg.Forwards {
-		if err := n.listen(f); err != nil {
+		listen := n.listen
+		if f.UDP {
+			listen = n.listenUDP
+		}
+		if err := listen(f); err != nil {
 			return nil, err
 		}
 	}

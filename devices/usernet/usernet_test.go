@@ -219,6 +219,58 @@ func TestForward(t *testing.T) {
 	assert.ErrorContains(t, err, "in use")
 }
 
+// Datagrams reach the guest's port, each client's with a flow of its own, and its
+// answers come back; a guest that was restored gets new flows.
+func TestForwardUDP(t *testing.T) {
+	g := newGuest(t, usernet.Config{Forwards: []usernet.Forward{{Host: netip.MustParseAddrPort("127.0.0.1:0"), Guest: 53, UDP: true}}})
+	srv, err := gonet.DialUDP(g.Stack, &tcpip.FullAddress{NIC: 1, Addr: ip(usernet.Guest), Port: 53}, nil, ipv4.ProtocolNumber)
+	require.NoError(t, err)
+	defer srv.Close()
+	go func() {
+		b := make([]byte, 100)
+		for {
+			n, from, err := srv.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = srv.WriteTo(append([]byte("re: "), b[:n]...), from)
+		}
+	}()
+	ask := func(c net.Conn, q string) {
+		t.Helper()
+		_, err := c.Write([]byte(q))
+		require.NoError(t, err)
+		require.NoError(t, c.SetReadDeadline(time.Now().Add(10*time.Second)))
+		b := make([]byte, 100)
+		n, err := c.Read(b)
+		require.NoError(t, err)
+		assert.Equal(t, "re: "+q, string(b[:n]))
+	}
+	var clients []net.Conn
+	for range 3 {
+		c, err := net.Dial("udp4", g.n.Listening()[0].String())
+		require.NoError(t, err)
+		defer c.Close()
+		clients = append(clients, c)
+	}
+	for round := range 2 {
+		for i, c := range clients {
+			ask(c, fmt.Sprintf("%d of %d", i, round))
+		}
+	}
+	g.n.Reset()
+	require.Eventually(t, func() bool { // the old flow may take the first one with it
+		_, err := clients[0].Write([]byte("again"))
+		require.NoError(t, err)
+		require.NoError(t, clients[0].SetReadDeadline(time.Now().Add(time.Second)))
+		b := make([]byte, 100)
+		n, err := clients[0].Read(b)
+		return err == nil && string(b[:n]) == "re: again"
+	}, 10*time.Second, 10*time.Millisecond)
+	_, err = usernet.New(usernet.Config{Forwards: []usernet.Forward{{Host: netip.MustParseAddrPort(g.n.Listening()[0].String()), Guest: 1, UDP: true}}})
+	require.Error(t, err, "the port is in use")
+}
+
 func TestDHCP(t *testing.T) {
 	g := newGuest(t, usernet.Config{})
 	laddr := full(usernet.Guest, dhcpv4.ClientPort)

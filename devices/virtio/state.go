@@ -23,6 +23,12 @@ type Stateful interface {
 	LoadState(s devices.State) (apply func(active bool, features uint64), err error)
 }
 
+// Stager is to Stateful what devices.Stager is to devices.Stateful.
+type Stager interface {
+	Stateful
+	Stage(s devices.State) (abort func(), err error)
+}
+
 const stateVersion = 1
 
 // savedMMIO is the state of a transport.
@@ -72,7 +78,7 @@ func savedError(s string) error {
 	return fmt.Errorf("%w (in the saved state: %s)", ErrQueue, s)
 }
 
-var _ devices.Stateful = (*MMIO)(nil)
+var _ devices.Stager = (*MMIO)(nil)
 
 // ErrStateless means that a device cannot be saved.
 var ErrStateless = errors.New("virtio: the device cannot be saved")
@@ -131,6 +137,28 @@ func (t *MMIO) LoadState(st devices.State) (func(), error) {
 		return nil, err
 	}
 	return func() { t.load(&v, apply) }, nil
+}
+
+// Stage implements devices.Stager.
+func (t *MMIO) Stage(st devices.State) (abort func(), err error) {
+	d, ok := t.dev.(Stager)
+	if !ok {
+		return nil, nil
+	}
+	_, dev, err := DeviceState(st)
+	if err != nil {
+		return nil, err
+	}
+	return d.Stage(dev)
+}
+
+// DeviceState takes the state of a device, and its type, out of that of its transport.
+func DeviceState(st devices.State) (id uint32, dev devices.State, err error) {
+	var v savedMMIO
+	if err := devices.DecodeState(st, stateVersion, &v); err != nil {
+		return 0, dev, err
+	}
+	return v.ID, devices.State{Version: v.Version, Data: v.Device}, nil
 }
 
 // checkState checks that the state is one which a driver can bring about.

@@ -1,4 +1,4 @@
-// Package agentbin finds the guest agent's binary on the host.
+// Package agentbin finds the binaries for guests on the host.
 package agentbin
 
 import (
@@ -13,51 +13,78 @@ import (
 	"strings"
 )
 
+// Program is a program for guests.
+type Program struct {
+	Name     string // of its file
+	Package  string // for go build
+	Variable string // of the environment, overrides everything else
+}
+
 // Package is the agent's command, for go build.
 const Package = "github.com/gondola-vmm/gondola/cmd/gondola-agent"
 
 // Env names the variable that overrides everything else.
 const Env = "GONDOLA_AGENT"
 
-// Errors, for errors.Is.
+// Agent is the guest agent; EnvTool runs environments, and is copied to guests that
+// use them.
 var (
-	// ErrNotFound: there is no agent, and it could not be built.
-	ErrNotFound = errors.New("no guest agent")
-	// ErrUnusable: a file is there, but no static x86-64 program.
-	ErrUnusable = errors.New("not a guest agent")
+	Agent   = Program{"gondola-agent", Package, Env}
+	EnvTool = Program{"gondola-env", "github.com/gondola-vmm/gondola/cmd/gondola-env", "GONDOLA_ENV_TOOL"}
 )
 
-// Find returns the content of the agent's binary: from the file that
-// $GONDOLA_AGENT names, embedded (may be nil), gondola-agent beside the running
-// program, or built by the Go toolchain into cacheDir, in this order. The
-// toolchain is asked in the working directory, which must be in gondola's module
-// or one that requires it; when nothing has changed that takes half a second.
+// Errors, for errors.Is.
+var (
+	// ErrNotFound: there is none, and it could not be built.
+	ErrNotFound = errors.New("no program for the guest")
+	// ErrUnusable: a file is there, but no static x86-64 program.
+	ErrUnusable = errors.New("not a program for guests")
+)
+
+// Find is Agent.Find.
 func Find(ctx context.Context, embedded []byte, cacheDir string) ([]byte, error) {
-	if file := os.Getenv(Env); file != "" {
+	return Agent.Find(ctx, embedded, cacheDir)
+}
+
+// Find returns the content of the program's binary: from the file that its variable
+// names, embedded (may be nil), beside the running program, or built by the Go
+// toolchain into cacheDir, in this order. The toolchain is asked in the working
+// directory, which must be in gondola's module or one that requires it; when nothing
+// has changed that takes half a second.
+func (p Program) Find(ctx context.Context, embedded []byte, cacheDir string) ([]byte, error) {
+	if file := os.Getenv(p.Variable); file != "" {
 		b, err := read(file)
 		if err != nil {
-			return nil, fmt.Errorf("$%s: %w", Env, err)
+			return nil, fmt.Errorf("$%s: %w", p.Variable, err)
 		}
 		return b, nil
 	}
 	if embedded != nil {
-		return embedded, check("embedded agent", embedded)
+		return embedded, check("embedded "+p.Name, embedded)
 	}
-	if exe, err := os.Executable(); err == nil {
-		b, err := read(filepath.Join(filepath.Dir(exe), "gondola-agent"))
-		if err == nil || !errors.Is(err, os.ErrNotExist) {
-			return b, err
-		}
+	if file, err := Beside(p.Name); err == nil {
+		return read(file)
 	}
-	file, err := Build(ctx, cacheDir)
+	file, err := p.Build(ctx, cacheDir)
 	if err != nil {
-		return nil, fmt.Errorf("%w: none embedded, none beside the program, and %w; set %s to a gondola-agent binary", ErrNotFound, err, Env)
+		return nil, fmt.Errorf("%w: none embedded, none beside the program, and %w; set %s to a %s binary", ErrNotFound, err, p.Variable, p.Name)
 	}
 	return read(file)
 }
 
-// Build builds the agent into dir and returns its path.
-func Build(ctx context.Context, dir string) (string, error) {
+// Beside is the path of another program in the directory of the running one.
+func Beside(name string) (string, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(filepath.Dir(exe), name)
+	_, err = os.Stat(file)
+	return file, err
+}
+
+// Build builds the program into dir and returns its path.
+func (p Program) Build(ctx context.Context, dir string) (string, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
@@ -66,13 +93,13 @@ func Build(ctx context.Context, dir string) (string, error) {
 		return "", err
 	}
 	defer os.RemoveAll(tmp)
-	bin := filepath.Join(tmp, "gondola-agent")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", bin, Package)
+	bin := filepath.Join(tmp, p.Name)
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", bin, p.Package)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build %s: %w: %s", Package, err, strings.TrimSpace(string(out)))
+		return "", fmt.Errorf("go build %s: %w: %s", p.Package, err, strings.TrimSpace(string(out)))
 	}
-	file := filepath.Join(dir, "gondola-agent")
+	file := filepath.Join(dir, p.Name)
 	return file, os.Rename(bin, file)
 }
 

@@ -27,20 +27,23 @@ const (
 
 const usage = `usage: gondola-agent env COMMAND
 
-  create [--hostname H] [--table FILE] ENV    make an environment
+  create [--hostname H] [--table FILE] ENV    make an environment (- is stdin)
   run [--dir DIR] ENV -- PROGRAM [ARG…]       run a program in it
   ls [--json]                                 list the environments
   rm ENV…                                     remove environments
   table [--set FILE] ENV                      print the table, or replace it
   add [--to fit|fet] ENV NAME…                add names to a list of the table
-  explain [--type T] [--action A] [--program P] ENV NAME   say how a name is decided
+  explain [--type T] [--action A] [--program P] [--json] ENV NAME
+                                              say how a name is decided
   catalog [--json] [--refused] ENV            what programs have asked for
   learn [--off] ENV                           add unknown names to the table
-  consolidate [--save] ENV                    the list of what programs need
+  consolidate [--save] [--json] ENV                    the list of what programs need
   enforce [--off] ENV                         refuse what is not on that list
   pack ENV FILE                               pack into one file (- is stdout)
   unpack [--name ENV] FILE                    the reverse (- is stdin)
-  check ENV                                   what this base lacks
+  attach [--create] ENV DEVICE                an environment on a disk of its own
+  detach ENV                                  take the disk away again
+  check [--json] ENV                          what this base lacks
 
 Environments are kept in $GONDOLA_ENVS (default /var/lib/gondola/envs).
 For example:
@@ -54,7 +57,11 @@ var errUsage = errors.New("see gondola-agent env help")
 // Main is gondola-agent env. It returns the exit code: 0, 1 for errors, 2 for a
 // wrong command line, and that of the program for run.
 func Main(args []string) int {
-	code, err := command(args, os.Stdout)
+	s, err := DefaultStore()
+	code := 0
+	if err == nil {
+		code, err = command(s, args, os.Stdout)
+	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "gondola-env: %v\n", err)
 		if errors.Is(err, errUsage) {
@@ -65,7 +72,7 @@ func Main(args []string) int {
 	return code
 }
 
-func command(args []string, out io.Writer) (int, error) {
+func command(s Store, args []string, out io.Writer) (int, error) {
 	if len(args) == 0 || args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
 		_, err := io.WriteString(out, usage)
 		if len(args) == 0 {
@@ -93,11 +100,11 @@ func command(args []string, out io.Writer) (int, error) {
 	str := func(n, def string) *string { return fl.String(n, def, "") }
 	hostname, tableOf, dir, set := str("hostname", ""), str("table", ""), str("dir", ""), str("set", "")
 	to, typ, action, program, as := str("to", "fit"), str("type", ""), str("action", "read"), str("program", ""), str("name", "")
-	asJSON, refused, off, saveIt := fl.Bool("json", false, ""), fl.Bool("refused", false, ""), fl.Bool("off", false, ""), fl.Bool("save", false, "")
+	asJSON, refused, off, saveIt, makeIt := fl.Bool("json", false, ""), fl.Bool("refused", false, ""), fl.Bool("off", false, ""), fl.Bool("save", false, ""), fl.Bool("create", false, "")
 	allowed, known := map[string]string{
 		"create": "hostname table", "run": "dir", "ls": "json", "rm": "", "table": "set", "add": "to",
-		"explain": "type action program", "catalog": "json refused", "learn": "off", "consolidate": "save",
-		"enforce": "off", "pack": "", "unpack": "name", "check": "",
+		"explain": "type action program json", "catalog": "json refused", "learn": "off", "consolidate": "save json",
+		"enforce": "off", "pack": "", "unpack": "name", "check": "json", "attach": "create", "detach": "",
 	}[name]
 	if !known {
 		return 2, fmt.Errorf("unknown command %q: %w", name, errUsage)
@@ -115,10 +122,7 @@ func command(args []string, out io.Writer) (int, error) {
 		return 2, bad
 	}
 	args = fl.Args()
-	s, err := DefaultStore()
-	if err != nil {
-		return 0, err
-	}
+	var err error
 	if name == "ls" {
 		return 0, s.ls(out, *asJSON)
 	}
@@ -129,7 +133,7 @@ func command(args []string, out io.Writer) (int, error) {
 	case "create":
 		var text []byte
 		if *tableOf != "" {
-			if text, err = os.ReadFile(*tableOf); err != nil {
+			if text, err = readFile(*tableOf); err != nil {
 				return 0, err
 			}
 		}
@@ -158,7 +162,16 @@ func command(args []string, out io.Writer) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		return 0, e.check(out)
+		return 0, e.warn(os.Stderr)
+	case "attach":
+		if len(args) != 2 {
+			return 2, fmt.Errorf("attach: which device? %w", errUsage)
+		}
+		e, err := s.Attach(args[0], args[1], *makeIt)
+		if err != nil {
+			return 0, err
+		}
+		return 0, e.warn(os.Stderr)
 	}
 	e, err := s.Open(args[0])
 	if err != nil {
@@ -178,10 +191,13 @@ func command(args []string, out io.Writer) (int, error) {
 				*dir = "/"
 			}
 		}
+		if err := e.warn(os.Stderr); err != nil {
+			return 0, err
+		}
 		return e.run(*dir, args)
 	case "table":
 		if *set != "" {
-			text, err := os.ReadFile(*set)
+			text, err := readFile(*set)
 			if err != nil {
 				return 0, err
 			}
@@ -210,7 +226,7 @@ func command(args []string, out io.Writer) (int, error) {
 		if len(args) != 1 {
 			return 2, fmt.Errorf("explain: which name? %w", errUsage)
 		}
-		return 0, e.explain(out, args[0], *typ, *action, *program)
+		return 0, e.explain(out, args[0], *typ, *action, *program, *asJSON)
 	case "catalog":
 		return 0, e.catalog(out, *asJSON, *refused)
 	case "learn":
@@ -225,10 +241,8 @@ func command(args []string, out io.Writer) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		for _, n := range needs {
-			if _, err := fmt.Fprintln(out, n); err != nil {
-				return 0, err
-			}
+		if err := printNames(out, needs, *asJSON); err != nil {
+			return 0, err
 		}
 		if *saveIt {
 			err = e.setNeeds(needs)
@@ -254,8 +268,30 @@ func command(args []string, out io.Writer) (int, error) {
 			return 2, fmt.Errorf("pack: into which file? %w", errUsage)
 		}
 		return 0, e.packTo(args[0], out)
+	case "detach":
+		return 0, e.Detach()
 	}
-	return 0, e.check(out) // check
+	return 0, e.check(out, *asJSON) // check
+}
+
+// readFile reads a file; - is the standard input.
+func readFile(name string) ([]byte, error) {
+	if name == "-" {
+		return io.ReadAll(io.LimitReader(os.Stdin, maxMeta))
+	}
+	return os.ReadFile(name)
+}
+
+func printNames(out io.Writer, names []string, asJSON bool) error {
+	if asJSON {
+		return json.NewEncoder(out).Encode(append([]string{}, names...))
+	}
+	for _, n := range names {
+		if _, err := fmt.Fprintln(out, n); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (e *Env) setNeeds(needs []string) error {
@@ -304,7 +340,7 @@ func (s Store) ls(out io.Writer, asJSON bool) error {
 	return w.Flush()
 }
 
-func (e *Env) explain(out io.Writer, name, typ, action, program string) error {
+func (e *Env) explain(out io.Writer, name, typ, action, program string, asJSON bool) error {
 	name, err := table.Canonical(name)
 	if err != nil {
 		return err
@@ -327,16 +363,54 @@ func (e *Env) explain(out io.Writer, name, typ, action, program string) error {
 	d := tab.Decide(r)
 	text := tab.Explain(r)
 	space := table.Space{Root: e.Dir + "/" + intercept.Tree, Prefix: intercept.Prefix(e.Dir)}
+	var real, changed string
 	switch {
 	case d.Outcome == table.Environment:
-		text += "real name " + space.Real(d.Name) + "\n"
+		real = space.Real(d.Name)
+		text += "real name " + real + "\n"
 	case d.Outcome == table.Base && t.Path():
-		text += "real name " + d.Name + "; once changed " + space.Real(d.Name) + "\n"
+		real, changed = d.Name, space.Real(d.Name)
+		text += "real name " + real + "; once changed " + changed + "\n"
 	case d.Outcome != table.Refuse:
-		text += "real name " + d.Name + "\n"
+		real = d.Name
+		text += "real name " + real + "\n"
 	}
-	_, err = io.WriteString(out, text)
-	return err
+	if !asJSON {
+		_, err = io.WriteString(out, text)
+		return err
+	}
+	x := explanation{Name: name, Type: t.String(), Action: a.String(), Outcome: d.Outcome.String(), Redirected: d.Name, Real: real, Changed: changed}
+	if d.Outcome == table.Refuse {
+		x.Errno = table.ErrnoName(d.Errno)
+	}
+	if d.Rule >= 0 {
+		n := d.Rule + 1
+		x.Rule = &n
+	}
+	weight := func(w int) *int {
+		if w == table.Infinite {
+			return nil
+		}
+		return &w
+	}
+	fet, fit := tab.Weights(d.Name)
+	x.FET, x.FIT = weight(fet), weight(fit)
+	return json.NewEncoder(out).Encode(x)
+}
+
+// explanation is how a name is decided; a weight of null is infinite.
+type explanation struct {
+	Name       string `json:"name"`
+	Type       string `json:"type"`
+	Action     string `json:"action"`
+	Outcome    string `json:"outcome"`
+	Errno      string `json:"errno,omitempty"`
+	Redirected string `json:"redirected"` // the name that was decided
+	Real       string `json:"real,omitempty"`
+	Changed    string `json:"changed,omitempty"` // the real name once it was changed
+	Rule       *int   `json:"rule"`              // from 1
+	FET        *int   `json:"fet"`
+	FIT        *int   `json:"fit"`
 }
 
 func (e *Env) catalog(out io.Writer, asJSON, refused bool) error {
@@ -367,13 +441,22 @@ func (e *Env) catalog(out io.Writer, asJSON, refused bool) error {
 	return w.Flush()
 }
 
-func (e *Env) check(out io.Writer) error {
+// warn says how much of what the environment needs this base lacks.
+func (e *Env) warn(out io.Writer) error {
+	lacking, err := e.Lacking()
+	if err == nil && len(lacking) > 0 {
+		_, err = fmt.Fprintf(out, "gondola-env: this base lacks %d names that %s has used, such as %s; check lists them\n", len(lacking), e.Name, lacking[0])
+	}
+	return err
+}
+
+func (e *Env) check(out io.Writer, asJSON bool) error {
 	lacking, err := e.Lacking()
 	if err != nil {
 		return err
 	}
-	for _, n := range lacking {
-		fmt.Fprintln(out, n)
+	if err := printNames(out, lacking, asJSON); err != nil {
+		return err
 	}
 	if len(lacking) > 0 {
 		return fmt.Errorf("this base lacks %d names that %s has used", len(lacking), e.Name)

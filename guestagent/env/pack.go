@@ -223,7 +223,7 @@ func (s Store) Unpack(in io.Reader, name string) (*Env, error) {
 		return nil, err
 	}
 	defer z.Close()
-	u := &unpacker{r: tar.NewReader(z), meta: map[string][]byte{}, sums: map[string]string{}}
+	u := &unpacker{r: tar.NewReader(z), meta: map[string][]byte{}, sums: map[string]string{}, made: map[string]bool{".": true}}
 	if u.root, err = os.OpenRoot(tmp); err != nil {
 		return nil, err
 	}
@@ -283,6 +283,7 @@ type unpacker struct {
 	meta map[string][]byte
 	sums map[string]string
 	dirs []*tar.Header
+	made map[string]bool // directories of the archive: no symbolic links on the way
 }
 
 func (u *unpacker) all() error {
@@ -325,10 +326,16 @@ func (u *unpacker) all() error {
 			return fmt.Errorf("%s is missing: not an environment, or cut off", n)
 		}
 	}
+	if !u.made[intercept.Tree] {
+		return fmt.Errorf("%s/ is missing", intercept.Tree)
+	}
 	return u.verify()
 }
 
 func (u *unpacker) one(h *tar.Header, name string) error {
+	if !u.made[path.Dir(name)] || name == intercept.Tree && h.Typeflag != tar.TypeDir {
+		return errors.New("not in a directory of the archive")
+	}
 	dir, err := u.root.Open(path.Dir(name))
 	if err != nil {
 		return err
@@ -340,6 +347,7 @@ func (u *unpacker) one(h *tar.Header, name string) error {
 		if err := u.root.Mkdir(name, 0o700); err != nil {
 			return err
 		}
+		u.made[name] = true
 		u.dirs = append(u.dirs, h) // properties last: they could forbid writing
 		return nil
 	case tar.TypeReg:
@@ -361,7 +369,7 @@ func (u *unpacker) one(h *tar.Header, name string) error {
 			return err
 		}
 	case tar.TypeLink:
-		if !strings.HasPrefix(h.Linkname, intercept.Tree+"/") {
+		if !strings.HasPrefix(h.Linkname, intercept.Tree+"/") || path.Clean(h.Linkname) != h.Linkname || !u.made[path.Dir(h.Linkname)] {
 			return fmt.Errorf("a link to %q", h.Linkname)
 		}
 		return u.root.Link(h.Linkname, name)

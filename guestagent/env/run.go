@@ -31,11 +31,13 @@ func (e *Env) run(workdir string, args []string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	own := t.Decide(table.Request{Type: table.Hostname, Name: "hostname:", Action: table.Write}).Outcome == table.Environment
+	if t.Decide(table.Request{Type: table.Hostname, Name: "hostname:", Action: table.Write}).Outcome != table.Environment {
+		m.Hostname = ""
+	}
 	runtime.LockOSThread() // the supervisor dies with this thread
 	cmd := exec.Command("/proc/self/exe", append([]string{superviseCommand, e.Store.Dir, e.Name, workdir, m.Hostname, "--"}, args...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	intercept.Isolated(cmd, own)
+	intercept.Isolated(cmd)
 	sigs := make(chan os.Signal, 16)
 	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
 	if err := cmd.Start(); err != nil {
@@ -162,8 +164,12 @@ func supervise(store, name, workdir, hostname string, args []string) (int, error
 		if err == nil {
 			err = unix.Flock(int(l.Fd()), unix.LOCK_SH)
 		}
-	} else if errors.Is(err, ErrBusy) {
-		l, err = e.lock(unix.LOCK_SH)
+	}
+	// Another one that starts holds it for a moment.
+	for i := 0; errors.Is(err, ErrBusy) && i < 100; i++ {
+		if l, err = e.lock(unix.LOCK_SH); err != nil {
+			time.Sleep(10 * time.Millisecond)
+		}
 	}
 	if err != nil {
 		return 0, err

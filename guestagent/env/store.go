@@ -128,7 +128,27 @@ func (s Store) Open(name string) (*Env, error) {
 		return nil, err
 	}
 	e.Store.Dir = filepath.Dir(e.Dir)
-	return e, nil
+	return e, e.sound()
+}
+
+// sound refuses a directory that leads elsewhere: it may have come from somebody
+// else on a disk.
+func (e *Env) sound() error {
+	for _, n := range []string{intercept.Tree, intercept.Work, intercept.Jail, manifestFile, tableFile} {
+		fi, err := os.Lstat(filepath.Join(e.Dir, n))
+		if err != nil {
+			return fmt.Errorf("%w: %s is damaged: %w", ErrNone, e.Name, err)
+		}
+		if dir := filepath.Ext(n) == ""; fi.IsDir() != dir || !dir && !fi.Mode().IsRegular() {
+			return fmt.Errorf("%w: %s is damaged: %s is neither file nor directory, as it should be", ErrNone, e.Name, n)
+		}
+	}
+	for _, n := range []string{"lock", "table.lock", "catalog.lock", catalogFile, runLock} {
+		if fi, err := os.Lstat(filepath.Join(e.Dir, n)); err == nil && !fi.Mode().IsRegular() {
+			return fmt.Errorf("%w: %s is damaged: %s is no file", ErrNone, e.Name, n)
+		}
+	}
+	return nil
 }
 
 // Create makes an environment with a table (text; DefaultTable if nil).
@@ -173,10 +193,11 @@ func publish(tmp, dir string) error {
 
 // fill makes the skeleton of an environment's directory.
 func (e *Env) fill(m Manifest, text []byte) error {
-	if err := os.Chmod(e.Dir, 0o755); err != nil {
+	// Nobody else enters: a program that is root inside may make set-user-id files.
+	if err := os.Chmod(e.Dir, 0o700); err != nil {
 		return err
 	}
-	for _, d := range []string{intercept.Tree, intercept.Work, "jail"} {
+	for _, d := range []string{intercept.Tree, intercept.Work, intercept.Jail} {
 		if err := os.Mkdir(filepath.Join(e.Dir, d), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
@@ -366,6 +387,10 @@ func (e *Env) Catalog() ([]Entry, error) {
 	return list, nil
 }
 
+// maxCatalog bounds the catalogue: a program that asks for ever new names does not
+// fill the disk.
+const maxCatalog = 250_000
+
 // addCatalog merges entries into the catalogue.
 func (e *Env) addCatalog(more map[entryKey]*Entry) error {
 	if len(more) == 0 {
@@ -391,7 +416,7 @@ func (e *Env) addCatalog(more map[entryKey]*Entry) error {
 		if o := m[k]; o != nil {
 			o.Count += x.Count
 			o.Last = x.Last
-		} else {
+		} else if len(m) < maxCatalog {
 			m[k] = x
 		}
 	}

@@ -7,7 +7,7 @@ package db
 //
 // Times are UNIX milliseconds in columns that end in _ms, unless said otherwise.
 var migrations = []string{
-	1 - 1: `
+	`
 CREATE TABLE machines (
 	id       INTEGER PRIMARY KEY,
 	name     TEXT NOT NULL UNIQUE,

@@ -73,6 +73,11 @@ func (c *Client) DetachDisk(ctx context.Context, device string) error {
 	return c.Conn().Do(ctx, OpDiskDetach, DiskDetach{Device: device}, nil)
 }
 
+// SetLink plugs the cable of the machine's network in or out.
+func (c *Client) SetLink(ctx context.Context, up bool) error {
+	return c.Conn().Do(ctx, OpLink, Link{Up: up}, nil)
+}
+
 // Stop ends the machine and returns when its name is free. If ctx ends before
 // the guest has, the machine goes on unless the guest obeys.
 func (c *Client) Stop(ctx context.Context, req StopRequest) (StopReply, error) {

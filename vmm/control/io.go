@@ -72,3 +72,16 @@ func (s *Server) detachDisk(c *proto.Call, req *DiskDetach) (any, error) {
 	}
 	return nil, io.DetachDisk(req.Device)
 }
+
+// link performs OpLink.
+func (s *Server) link(c *proto.Call, req *Link) (any, error) {
+	m, err := s.running(c)
+	if err != nil {
+		return nil, err
+	}
+	l, ok := m.(Linker)
+	if !ok {
+		return nil, errNoIO
+	}
+	return nil, l.SetLink(req.Up)
+}

@@ -31,6 +31,7 @@ const (
 	OpLimits     = "machine.limits"      // LimitsRequest → []iostat.Info
 	OpDiskAttach = "machine.disk.attach" // Disk → DiskAttached
 	OpDiskDetach = "machine.disk.detach" // DiskDetach, empty reply
+	OpLink       = "machine.link"        // Link, empty reply
 )
 
 // States of a machine.
@@ -122,6 +123,11 @@ type DiskAttached struct {
 // DiskDetach takes a disk away.
 type DiskDetach struct {
 	Device string `cbor:"1,keyasint"`
+}
+
+// Link plugs the cable of the machine's network in or out.
+type Link struct {
+	Up bool `cbor:"1,keyasint,omitempty"`
 }
 
 // StopRequest ends a machine: the guest is asked to power off, and if it has not

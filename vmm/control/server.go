@@ -48,6 +48,11 @@ type IO interface {
 	DetachDisk(device string) error
 }
 
+// Linker is implemented by a Machine with a network whose cable can be out.
+type Linker interface {
+	SetLink(up bool) error
+}
+
 // Config of a server. The zero value works.
 type Config struct {
 	// Info is what does not change: all but State, Clients and Stats. Name,
@@ -246,6 +251,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		OpLimits:     handle(s.limits),
 		OpDiskAttach: handle(s.attachDisk),
 		OpDiskDetach: handle(s.detachDisk),
+		OpLink:       handle(s.link),
 
 		proto.OpExec: s.forward(passed{
 			in: []uint8{proto.StreamStdin, proto.StreamControl}, out: []uint8{proto.StreamStdout, proto.StreamStderr},

@@ -3,6 +3,7 @@ package guest
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/gondola-vmm/gondola/devices/disk"
@@ -18,7 +19,8 @@ const MaxDisks = 16
 type Disk struct {
 	Path     string // of a raw image, block device or layer (package disk)
 	ReadOnly bool
-	// COW leaves Path as it is: what the guest writes goes to a temporary layer.
+	// COW leaves Path as it is: what the guest writes goes to a temporary layer,
+	// and to those of the machine's states.
 	COW bool
 	// Serial is what the guest finds in /sys/block/vd?/serial, at most
 	// blk.MaxSerial characters.
@@ -39,8 +41,9 @@ var (
 
 // disks are a guest's disks, in the order of their names.
 type disks struct {
-	list []*guestDisk
-	mu   sync.Mutex // of attaching and detaching
+	list   []*guestDisk
+	states string     // Config.DiskStates
+	mu     sync.Mutex // of attaching and detaching
 }
 
 type guestDisk struct {
@@ -49,12 +52,16 @@ type guestDisk struct {
 	slot bool // for AttachDisk
 }
 
-// open opens the disk's image.
-func (d Disk) open() (*disk.Disk, error) {
-	if d.COW && !d.ReadOnly {
+// open opens the disk's image. states is Config.DiskStates.
+func (d Disk) open(states string) (*disk.Disk, error) {
+	o := disk.Options{ReadOnly: d.ReadOnly, States: states}
+	switch {
+	case !d.COW || d.ReadOnly:
+		return disk.Open(d.Path, o)
+	case states == "":
 		return disk.Temporary(d.Path, "")
 	}
-	return disk.Open(d.Path, disk.Options{ReadOnly: d.ReadOnly})
+	return disk.Scratch(d.Path, o)
 }
 
 // openDisks makes the devices of all disks and slots.
@@ -70,8 +77,9 @@ func (g *Guest) openDisks(cfg Config) (err error) {
 		g.disks.list = append(g.disks.list, &guestDisk{name: "vd" + string(rune('a'+len(g.disks.list))), dev: dev, slot: slot})
 		return nil
 	}
+	g.disks.states = cfg.DiskStates
 	for _, d := range cfg.Disks {
-		im, err := d.open()
+		im, err := d.open(g.disks.states)
 		if err != nil {
 			return err
 		}
@@ -106,7 +114,7 @@ func (g *Guest) AttachDisk(d Disk) (device string, err error) {
 		if !s.slot || s.dev.Image() != nil {
 			continue
 		}
-		im, err := d.open()
+		im, err := d.open(g.disks.states)
 		if err != nil {
 			return "", err
 		}
@@ -167,7 +175,7 @@ func (g *Guest) Devices() []iostat.Info {
 		}
 		list = append(list, i)
 	}
-	return append(list, g.netInfo()...)
+	return slices.Concat(list, g.netInfo(), g.vsockInfo())
 }
 
 // Limiter has the rate limits of a device, which may be changed at any time.

@@ -28,6 +28,7 @@ import (
 	"github.com/gondola-vmm/gondola/devices/virtio/console"
 	"github.com/gondola-vmm/gondola/devices/virtio/net"
 	"github.com/gondola-vmm/gondola/devices/virtio/rng"
+	"github.com/gondola-vmm/gondola/devices/virtio/vsock"
 	"github.com/gondola-vmm/gondola/firmware"
 	"github.com/gondola-vmm/gondola/firmware/guestkernel"
 	"github.com/gondola-vmm/gondola/guestagent"
@@ -126,8 +127,15 @@ type Config struct {
 	// of empty ones behind them, for AttachDisk.
 	Disks     []Disk
 	DiskSlots int
+	// DiskStates is the directory of the layers that saved states of the machine
+	// have of its disks, and of the temporary layers of those with COW; it is made
+	// when it is needed. "": a machine that writes disks cannot be saved, and
+	// temporary layers are in the directory for temporary files.
+	DiskStates string
 	// Net is the guest's network, nil for none.
 	Net *Network
+	// Vsock gives the guest virtio sockets, nil for none.
+	Vsock *Vsock
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
 	// Agent is the content of the agent's binary; nil: package agentbin finds
@@ -167,6 +175,8 @@ type Guest struct {
 	net     *net.Device // nil: no network
 	netKind string
 	user    *usernet.Network // nil: another network
+
+	vsock *vsock.Device // nil: none
 
 	generation atomic.Pointer[[]byte]
 
@@ -258,6 +268,12 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	}
 	if g.net != nil {
 		devices = append(devices, vmm.Virtio{Name: "virtio net", Device: g.net})
+	}
+	if err := g.openVsock(cfg.Vsock); err != nil {
+		return nil, err
+	}
+	if g.vsock != nil {
+		devices = append(devices, vmm.Virtio{Name: "virtio vsock", Device: g.vsock})
 	}
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
@@ -569,6 +585,9 @@ func (g *Guest) Close() error {
 			errs = append(errs, g.con.Close(), g.closeDisks())
 			if g.net != nil {
 				errs = append(errs, g.net.Close())
+			}
+			if g.vsock != nil {
+				errs = append(errs, g.vsock.Close())
 			}
 		}
 		if g.agent != nil {

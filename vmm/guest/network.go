@@ -3,9 +3,11 @@ package guest
 import (
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"strings"
 
 	"github.com/gondola-vmm/gondola/devices/iostat"
+	"github.com/gondola-vmm/gondola/devices/privnet"
 	"github.com/gondola-vmm/gondola/devices/ratelimit"
 	"github.com/gondola-vmm/gondola/devices/tap"
 	"github.com/gondola-vmm/gondola/devices/usernet"
@@ -14,9 +16,11 @@ import (
 
 // Network is a guest's network interface, eth0.
 type Network struct {
-	// Tap is the name of a TAP interface of the host; "" is the user-mode
-	// network (package usernet).
-	Tap string
+	// Tap is the name of a TAP interface of the host, Private the directory of a
+	// network between machines (package privnet). With neither it is the
+	// user-mode network (package usernet).
+	Tap     string
+	Private string
 	// Forwards and HostAccess are the user-mode network's: ports of the guest
 	// on the host, and whether the guest reaches the host's loopback as
 	// 10.0.2.2.
@@ -25,8 +29,10 @@ type Network struct {
 	// MAC is the address of eth0 (default 52:54:00:12:34:56).
 	MAC [6]byte
 	MTU uint16 // default 1500
+	// Down leaves the cable out until SetLink.
+	Down bool
 	// Address, Gateway and DNS configure a guest with gondola's own init; the
-	// user-mode network has its own. With a TAP interface and none of them,
+	// user-mode network has its own. With another network and none of them,
 	// eth0 stays down.
 	Address netip.Prefix
 	Gateway netip.Addr
@@ -46,14 +52,22 @@ func (g *Guest) openNetwork(n *Network) error {
 		c.MAC = defaultMAC
 	}
 	g.netKind = "user"
-	if n.Tap != "" {
+	switch {
+	case n.Private != "":
+		g.netKind = "private:" + filepath.Base(n.Private)
+		p, err := privnet.Open(n.Private)
+		if err != nil {
+			return err
+		}
+		c.Backend = p
+	case n.Tap != "":
 		g.netKind = "tap:" + n.Tap
 		t, err := tap.Open(n.Tap)
 		if err != nil {
 			return err
 		}
 		c.Backend = t
-	} else {
+	default:
 		u, err := usernet.New(usernet.Config{Forwards: n.Forwards, Host: n.HostAccess, MTU: n.MTU})
 		if err != nil {
 			return err
@@ -65,6 +79,7 @@ func (g *Guest) openNetwork(n *Network) error {
 		return fmt.Errorf("%w: %w", err, c.Backend.Close())
 	}
 	g.net = dev
+	dev.SetLink(!n.Down)
 	return nil
 }
 
@@ -86,7 +101,7 @@ func (n *Network) word() string {
 		return ""
 	}
 	address, gateway, dns := n.Address, n.Gateway, n.DNS
-	if n.Tap == "" {
+	if n.Tap == "" && n.Private == "" {
 		address, gateway, dns = netip.PrefixFrom(usernet.Guest, usernet.Subnet.Bits()), usernet.Gateway, usernet.DNS
 	}
 	if !address.IsValid() {
@@ -107,5 +122,9 @@ func (g *Guest) netInfo() []iostat.Info {
 	if g.net == nil {
 		return nil
 	}
-	return []iostat.Info{{Name: "eth0", Kind: "net", Detail: g.netKind, Limits: g.net.Limiter().Limits(), Stats: g.net.Stats()}}
+	detail := g.netKind
+	if !g.net.Link() {
+		detail += " (no cable)"
+	}
+	return []iostat.Info{{Name: "eth0", Kind: "net", Detail: detail, Limits: g.net.Limiter().Limits(), Stats: g.net.Stats()}}
 }

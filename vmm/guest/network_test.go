@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -92,5 +93,37 @@ func TestGuestUserNetwork(t *testing.T) {
 		assert.Equal(t, "eth0", d.Name)
 		assert.Greater(t, d.Stats.Read.Bytes, uint64(4<<20))
 		assert.NotZero(t, d.Stats.Write.Ops)
+	}
+}
+
+// Two machines on a private network talk, one with its cable out does not, and a
+// large MTU works.
+func TestGuestPrivateNetwork(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "lab")
+	boot := func(n byte) *vmmtest.Guest {
+		return vmmtest.Start(t, guest.Config{
+			Name: "private", Memory: 128 << 20,
+			Net: &guest.Network{
+				Private: dir, MAC: [6]byte{2, 0, 0, 0, 0, n}, MTU: 9000, Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 9, 0, n}), 24), Down: n == 2,
+			},
+		})
+	}
+	a, b := boot(1), boot(2)
+	require.NoError(t, a.Ready(a.Within(t)))
+	require.NoError(t, b.Ready(b.Within(t)))
+	assert.Equal(t, "9000", a.Sh(t, "cat /sys/class/net/eth0/mtu"))
+	assert.Contains(t, a.Sh(t, "ping -c 1 -w 2 10.9.0.2 || echo lost"), "lost", "the cable is out")
+	require.NoError(t, b.SetLink(true))
+	a.Sh(t, "ping -c 2 -w 30 10.9.0.2")
+	b.Sh(t, "mkfifo /tmp/open; (nc -l -p 7 >/tmp/data <>/tmp/open; touch /tmp/done) >/dev/null 2>&1 & i=0; while ! netstat -ltn 2>/dev/null | grep -q :7; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done")
+	begin := time.Now()
+	sum := a.Sh(t, "head -c 4000000 /dev/urandom >/tmp/data; nc 10.9.0.2 7 </tmp/data; md5sum /tmp/data")
+	assert.Equal(t, sum, b.Sh(t, "i=0; while [ ! -e /tmp/done ]; do i=$((i+1)); [ $i -lt 400 ] || exit 1; sleep 0.05; done; md5sum /tmp/data"))
+	t.Logf("4 MB from guest to guest in %v", time.Since(begin))
+	for _, d := range a.Devices() {
+		if d.Name == "eth0" {
+			assert.Equal(t, "private:lab", d.Detail)
+			assert.NotZero(t, d.Stats.Write.Bytes)
+		}
 	}
 }

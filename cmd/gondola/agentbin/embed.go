@@ -1,13 +1,26 @@
 //go:build embed_agent
 
-// Package agentbin carries the guest agent's binary inside gondola. The Makefile
-// builds cmd/gondola-agent into this directory first and then gondola with the
-// build tag embed_agent; without the tag there is none.
+// Package agentbin carries the guest's binaries inside gondola. The Makefile
+// builds cmd/gondola-agent and cmd/gondola-env into this directory first and then
+// gondola with the build tag embed_agent; without the tag there are none.
 package agentbin
 
-import _ "embed"
+import (
+	_ "embed"
+	"unsafe"
+)
 
-// Bytes is the binary, nil if gondola was built without it.
+// Strings, unlike slices, lie in memory that is never written, which a machine gives
+// back when it has started.
 //
 //go:embed gondola-agent
-var Bytes []byte
+var agent string
+
+//go:embed gondola-env
+var envTool string
+
+// The binaries, nil if gondola was built without them. They cannot be written.
+var (
+	Bytes   = unsafe.Slice(unsafe.StringData(agent), len(agent))
+	EnvTool = unsafe.Slice(unsafe.StringData(envTool), len(envTool)) // gondola-env
+)

@@ -125,9 +125,10 @@ type Device struct {
 	free   []*request
 	paused int // by Pause, and by a change of the image
 
-	changes sync.Mutex // of the image
-	closed  bool       // guarded by changes
-	once    sync.Once  // of Close
+	staged  *disk.Staged // between Stage and the state's apply
+	changes sync.Mutex   // of the image
+	closed  bool         // guarded by changes
+	once    sync.Once    // of Close
 }
 
 // request is one that is in flight.

@@ -144,6 +144,9 @@ func (d *Device) SetLink(up bool) {
 	}
 }
 
+// Link tells whether the cable is in.
+func (d *Device) Link() bool { return !d.down.Load() }
+
 // ID implements virtio.Device (5.1.1).
 func (d *Device) ID() uint32 { return virtio.IDNet }
 

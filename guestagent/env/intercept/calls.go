@@ -5,6 +5,7 @@ package intercept
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"os"
 	"path"
 	"strconv"
@@ -140,13 +141,17 @@ func (w *worker) call() (int64, error) {
 		return w.execve(fd(0), a[1], a[2], a[3], flags(4))
 
 	case unix.SYS_BIND, unix.SYS_CONNECT:
-		return w.socket(fd(0), a[1], uint32(a[2]))
+		return w.connect(fd(0), a[1], uint32(a[2]))
+	case unix.SYS_GETSOCKNAME, unix.SYS_GETPEERNAME:
+		return w.getname(fd(0), a[1], a[2])
 	case unix.SYS_SENDTO:
 		return w.sendto(fd(0), a[1], a[2], int(int32(a[3])), a[4], uint32(a[5]))
 	case unix.SYS_SENDMSG:
-		return w.sendmsg(fd(0), a[1], 1)
+		return w.sendmsg(fd(0), a[1], 1, false, int(int32(a[2])))
 	case unix.SYS_SENDMMSG:
-		return w.sendmsg(fd(0), a[1], min(uint32(a[2]), 1024))
+		return w.sendmsg(fd(0), a[1], min(uint32(a[2]), 1024), true, int(int32(a[3])))
+	case unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME:
+		return w.hostname(a[0], uint32(a[1]))
 	case unix.SYS_MQ_OPEN:
 		return w.mqOpen(a[0], uint32(a[1]), uint32(a[2]), a[3])
 	case unix.SYS_MQ_UNLINK:
@@ -180,6 +185,9 @@ func (w *worker) ready(p *place, content bool) error {
 	case p.dec.Outcome == table.Pass:
 		return unix.EROFS
 	}
+	if w.s.tooLong(p.virt) {
+		return unix.ENAMETOOLONG
+	}
 	if err := w.asRoot(func() error { return w.s.copyUp(p.virt, content) }); err != nil {
 		return err
 	}
@@ -190,11 +198,18 @@ func (w *worker) ready(p *place, content bool) error {
 	return nil
 }
 
+// tooLong says whether the kernel could not tell the real name of an object in the
+// environment any more, so that it could not be worked in.
+func (s *Supervisor) tooLong(virt string) bool { return len(s.space.Root)+len(virt) >= table.MaxName }
+
 // room prepares the directory of a new place, and the name itself. The caller
 // holds the tree.
 func (w *worker) room(p *place) error {
 	if p.parent.pass || p.dec.Outcome == table.Pass {
 		return unix.EROFS
+	}
+	if w.s.tooLong(p.virt) {
+		return unix.ENAMETOOLONG
 	}
 	dec := w.s.live.Load().Decide(table.Request{Type: table.File, Name: p.virt, Action: table.Create, Program: w.prog(w.s.live.Load())})
 	if dec.Outcome == table.Refuse {
@@ -214,13 +229,68 @@ func (w *worker) room(p *place) error {
 		}
 		p.parent.up = true
 	}
-	if p.whiteout {
-		if err := w.mayWriteDir(p); err != nil {
-			return err
-		}
-		return w.asRoot(func() error { return w.s.removeWhiteout(p.virt) })
-	}
 	return nil
+}
+
+// put makes a new object at p, for which there is room: f makes it in a directory
+// under a name. Where the environment has a whiteout, it is made elsewhere and put in
+// the whiteout's place in one step, so that the base's is never seen again; a
+// directory hides what the base has in one of that name. linked says that f gives
+// another name to something old, whose owner stays.
+func (w *worker) put(p *place, dir, linked bool, f func(d int, name string) error) error {
+	s := w.s
+	if !p.whiteout {
+		return s.in(p.virt, f)
+	}
+	if err := w.mayWriteDir(p); err != nil {
+		return err
+	}
+	var up unix.Stat_t
+	if err := s.lstat(upper, p.parent.virt, &up); err != nil {
+		return err
+	}
+	uid, _ := unix.SetfsuidRetUid(-1)
+	gid, _ := unix.SetfsgidRetGid(-1)
+	if up.Mode&unix.S_ISGID != 0 {
+		gid = int(up.Gid)
+	}
+	return w.asRoot(func() error {
+		tmp := s.tempName()
+		err := f(s.workFD, tmp)
+		if err == nil && !linked && (uid != 0 || gid != 0) {
+			err = unix.Fchownat(s.workFD, tmp, uid, gid, unix.AT_SYMLINK_NOFOLLOW)
+		}
+		if err == nil && dir {
+			var fd int
+			if fd, err = unix.Openat(s.workFD, tmp+"/"+opaqueName, unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC, 0o600); err == nil {
+				unix.Close(fd)
+				if up.Mode&unix.S_ISGID != 0 {
+					var st unix.Stat_t
+					if err = unix.Fstatat(s.workFD, tmp, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil {
+						err = unix.Fchmodat(s.workFD, tmp, st.Mode&0o7777|unix.S_ISGID, 0)
+					}
+				}
+			}
+		}
+		if err == nil {
+			err = s.in(p.virt, func(d int, name string) error {
+				if !dir {
+					return unix.Renameat(s.workFD, tmp, d, name)
+				}
+				return unix.Renameat2(s.workFD, tmp, d, name, unix.RENAME_EXCHANGE)
+			})
+		}
+		if err == nil && dir {
+			return unix.Unlinkat(s.workFD, tmp, 0) // the whiteout
+		}
+		if err != nil {
+			if dir {
+				_ = removeEmpty(s.workFD, tmp)
+			}
+			_ = unix.Unlinkat(s.workFD, tmp, 0)
+		}
+		return err
+	})
 }
 
 // mayWriteDir checks the right to make and remove names beside p.
@@ -228,11 +298,15 @@ func (w *worker) mayWriteDir(p *place) error {
 	if !w.switched {
 		return nil
 	}
-	return faccessat2(w.s.upperFD, rel(p.parent.virt), unix.W_OK|unix.X_OK, unix.AT_EACCESS)
+	return w.access(&place{virt: p.parent.virt, layer: upper}, unix.W_OK|unix.X_OK)
 }
 
 // newPlace walks to a name that must not exist, and makes room for it.
-func (w *worker) create(dirfd int32, addr uint64, dir bool, f func(p *place) error) (int64, error) {
+func (w *worker) create(dirfd int32, addr uint64, dir bool, f func(d int, name string) error) (int64, error) {
+	return w.createAs(dirfd, addr, dir, func(p *place) error { return w.put(p, dir, false, f) })
+}
+
+func (w *worker) createAs(dirfd int32, addr uint64, dir bool, f func(p *place) error) (int64, error) {
 	return 0, w.changing(func() error {
 		p, err := w.at(dirfd, addr, walkOpts{action: table.Create})
 		if err != nil {
@@ -244,26 +318,16 @@ func (w *worker) create(dirfd int32, addr uint64, dir bool, f func(p *place) err
 		if p.slash && !dir {
 			return unix.ENOENT
 		}
-		had := p.whiteout
 		if err := w.room(p); err != nil {
 			return err
 		}
-		err = f(p)
-		if had && err != nil {
-			// The base's must stay hidden.
-			_ = w.asRoot(func() error { return w.s.putWhiteout(p.virt, false) })
-		}
-		if err == nil && dir && had {
-			err = w.asRoot(func() error { return w.s.makeOpaque(p.virt) })
-		}
-		return err
+		return f(p)
 	})
 }
 
 func (w *worker) mkdir(dirfd int32, addr uint64, mode uint32) (int64, error) {
-	return w.create(dirfd, addr, true, func(p *place) error {
-		return w.s.in(p.virt, func(d int, n string) error { return unix.Mkdirat(d, n, mode&0o1777&^w.umask()) })
-	})
+	mode = mode & 0o1777 &^ w.umask()
+	return w.create(dirfd, addr, true, func(d int, n string) error { return unix.Mkdirat(d, n, mode) })
 }
 
 func (w *worker) mknod(dirfd int32, addr uint64, mode uint32, dev uint64) (int64, error) {
@@ -277,9 +341,8 @@ func (w *worker) mknod(dirfd int32, addr uint64, mode uint32, dev uint64) (int64
 	case unix.S_IFDIR:
 		return 0, unix.EPERM
 	}
-	return w.create(dirfd, addr, false, func(p *place) error {
-		return w.s.in(p.virt, func(d int, n string) error { return unix.Mknodat(d, n, mode&^w.umask(), int(uint32(dev))) })
-	})
+	mode &^= w.umask()
+	return w.create(dirfd, addr, false, func(d int, n string) error { return unix.Mknodat(d, n, mode, int(uint32(dev))) })
 }
 
 func (w *worker) symlink(target uint64, dirfd int32, addr uint64) (int64, error) {
@@ -290,9 +353,7 @@ func (w *worker) symlink(target uint64, dirfd int32, addr uint64) (int64, error)
 	if to == "" {
 		return 0, unix.ENOENT
 	}
-	return w.create(dirfd, addr, false, func(p *place) error {
-		return w.s.in(p.virt, func(d int, n string) error { return unix.Symlinkat(to, d, n) })
-	})
+	return w.create(dirfd, addr, false, func(d int, n string) error { return unix.Symlinkat(to, d, n) })
 }
 
 func (w *worker) link(olddir int32, oldaddr uint64, newdir int32, newaddr, flags uint64) (int64, error) {
@@ -306,14 +367,14 @@ func (w *worker) link(olddir int32, oldaddr uint64, newdir int32, newaddr, flags
 	if !old.exists() {
 		return 0, unix.ENOENT
 	}
-	if old.isDir() {
-		return 0, unix.EPERM
-	}
-	return w.create(newdir, newaddr, false, func(p *place) error {
+	return w.createAs(newdir, newaddr, false, func(p *place) error {
+		if old.isDir() {
+			return unix.EPERM
+		}
 		if err := w.ready(old, true); err != nil {
 			return err
 		}
-		return w.s.in(p.virt, func(d int, n string) error {
+		return w.put(p, false, true, func(d int, n string) error {
 			if old.layer == magic {
 				return unix.Linkat(unix.AT_FDCWD, old.link, d, n, unix.AT_SYMLINK_FOLLOW)
 			}
@@ -365,6 +426,9 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 	}
 	cloexec := f&unix.O_CLOEXEC != 0
 	f &^= unix.O_CLOEXEC
+	if f&unix.O_CREAT != 0 || tmpfile {
+		mode = mode & 0o7777 &^ w.umask()
+	}
 	fd := -1
 	switch {
 	case !p.exists():
@@ -385,15 +449,13 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 				again = true
 				return nil
 			}
-			had := q.whiteout
 			if err := w.room(q); err != nil {
 				return err
 			}
-			fd, err = w.s.openUpper(q.virt, f|unix.O_EXCL, mode&0o7777&^w.umask())
-			if err != nil && had {
-				_ = w.asRoot(func() error { return w.s.putWhiteout(q.virt, false) })
-			}
-			return err
+			return w.put(q, false, false, func(d int, n string) (err error) {
+				fd, err = unix.Openat(d, n, f|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_NOCTTY|unix.O_CLOEXEC, mode)
+				return err
+			})
 		})
 		if err != nil {
 			return 0, err
@@ -422,7 +484,7 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 			if err != nil {
 				return 0, err
 			}
-			fd, err := w.s.openUpper(p.virt, f, mode&0o7777&^w.umask())
+			fd, err := w.s.openUpper(p.virt, f, mode)
 			if err != nil {
 				return 0, err
 			}
@@ -456,7 +518,7 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 					if err := c.changing(func() error { return c.ready(p, f&unix.O_TRUNC == 0) }); err != nil {
 						return 0, err
 					}
-					fd, err := c.s.openUpper(p.virt, f, 0)
+					fd, err := c.openUpper(p.virt, f, 0)
 					if err != nil {
 						return 0, err
 					}
@@ -467,15 +529,11 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 				return 0, err
 			}
 		}
-	case unix.S_IFBLK:
-		if p.layer == lower && write {
-			return 0, unix.EROFS
+	case unix.S_IFBLK, unix.S_IFCHR:
+		if err := mayDevice(&p.st, f); err != nil {
+			return 0, err
 		}
-	case unix.S_IFCHR:
-		if maj, min := unix.Major(p.st.Rdev), unix.Minor(p.st.Rdev); p.layer == lower && maj == 1 && (min == 1 || min == 2 || min == 4) && f&unix.O_PATH == 0 {
-			return 0, unix.EPERM // memory and ports
-		}
-		if f&unix.O_PATH == 0 && f&unix.O_NONBLOCK == 0 && unix.Major(p.st.Rdev) != 1 {
+		if f&(unix.O_PATH|unix.O_NONBLOCK) == 0 && unix.Major(p.st.Rdev) != 1 {
 			return w.aside(func(c *worker) (int64, error) { return c.openSlow(p, f, cloexec) })
 		}
 	case unix.S_IFIFO:
@@ -505,9 +563,59 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 func (w *worker) openPlace(p *place, f int) (int, error) {
 	f |= unix.O_NOFOLLOW // links are followed already
 	if p.fdLayer() == upper {
-		return w.s.openUpper(p.virt, f, 0)
+		return w.openUpper(p.virt, f, 0)
 	}
 	return w.s.openLower(p.virt, f)
+}
+
+// openUpper is the supervisor's for programs: what was looked at may be a device
+// by now.
+func (w *worker) openUpper(virt string, f int, mode uint32) (int, error) {
+	fd, err := w.s.openUpper(virt, f, mode)
+	if err != nil || f&unix.O_PATH != 0 {
+		return fd, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil {
+		err = mayDevice(&st, f)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// mayDevice says whether programs may open a device, wherever its node lies:
+// through these the base's disks and memory could be changed.
+func mayDevice(st *unix.Stat_t, f int) error {
+	if f&unix.O_PATH != 0 {
+		return nil
+	}
+	major, minor := unix.Major(st.Rdev), unix.Minor(st.Rdev)
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFBLK:
+		if f&unix.O_ACCMODE != unix.O_RDONLY {
+			return unix.EROFS
+		}
+	case unix.S_IFCHR:
+		switch {
+		case major == 1 && (minor == 1 || minor == 2 || minor == 4):
+			return unix.EPERM // memory and ports
+		case major == 1, major == 4, major == 5, major >= 136 && major <= 143:
+			return nil // null, terminals
+		}
+		l := make([]byte, table.MaxName)
+		n, err := unix.Readlink(fmt.Sprintf("/sys/dev/char/%d:%d/subsystem", major, minor), l)
+		if err != nil {
+			return nil
+		}
+		switch path.Base(string(l[:n])) {
+		case "bsg", "scsi_generic", "scsi_tape", "nvme", "nvme-generic", "mtd", "raw", "ubi", "dax", "vfio":
+			return unix.EPERM
+		}
+	}
+	return nil
 }
 
 // openSlow opens what may wait for somebody else.
@@ -535,6 +643,9 @@ func (w *worker) openSlow(p *place, f int, cloexec bool) (int64, error) {
 // openMagic opens what has no name.
 func (w *worker) openMagic(p *place, f int, cloexec bool) (int64, error) {
 	f &^= unix.O_NOFOLLOW | unix.O_CREAT
+	if err := mayDevice(&p.st, f); err != nil {
+		return 0, err
+	}
 	fd, err := unix.Open(p.link, f|unix.O_CLOEXEC|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return 0, err
@@ -580,13 +691,33 @@ func (w *worker) ownProc(virt string) bool {
 }
 
 func isMaps(virt string) bool {
-	b := path.Base(virt)
-	return strings.HasPrefix(virt, "/proc/") && (b == "maps" || b == "smaps" || b == "numa_maps")
+	if !strings.HasPrefix(virt, "/proc/") {
+		return false
+	}
+	switch path.Base(virt) {
+	case "maps", "smaps", "numa_maps":
+		return true
+	}
+	return isMounts(virt)
 }
 
-// openMaps gives a copy of /proc/N/maps in the environment's names.
+func isMounts(virt string) bool {
+	switch path.Base(virt) {
+	case "mounts", "mountinfo", "mountstats":
+		return isMagic(virt)
+	}
+	return false
+}
+
+// openMaps gives a copy of /proc/N/maps in the environment's names, or of a list of
+// mounts.
 func (w *worker) openMaps(p *place, cloexec bool) (int64, error) {
-	src, err := os.ReadFile(p.virt)
+	file := p.virt
+	if isMounts(file) && w.s.inside(strings.Split(file, "/")[2]) {
+		// Programs see the base's mounts, not the jail and the read-only walls.
+		file = fmt.Sprintf("/proc/%d/%s", w.s.parent, path.Base(file))
+	}
+	src, err := os.ReadFile(file)
 	if err != nil {
 		return 0, errnoOf(err)
 	}
@@ -745,12 +876,9 @@ func (w *worker) readlink(dirfd int32, addr, out uint64, size int64) (int64, err
 		if p.virt == "/proc/self" {
 			target = strconv.Itoa(w.tgid())
 		} else {
-			buf := make([]byte, 2*table.MaxName)
-			n, err := unix.Readlinkat(w.s.rootFD(p.layer), rel(p.virt), buf)
-			if err != nil {
+			if target, err = w.s.readlink(p.layer, p.virt); err != nil {
 				return 0, err
 			}
-			target = string(buf[:n])
 			if p.layer == lower && isMagic(p.virt) && strings.HasPrefix(target, "/") {
 				target = w.s.virtual(target)
 			}
@@ -910,6 +1038,8 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 			return err
 		}
 		switch {
+		case old.dots || p.dots:
+			return unix.EBUSY
 		case !old.exists():
 			return unix.ENOENT
 		case old.layer == magic || p.layer == magic:
@@ -928,6 +1058,14 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 			return unix.ENOTEMPTY
 		case p.slash && !old.isDir() && !p.exists():
 			return unix.ENOTDIR
+		}
+		if p.exists() {
+			// Replacing is deleting.
+			tab := s.live.Load()
+			if d := tab.Decide(table.Request{Type: table.File, Name: p.virt, Action: table.Delete, Program: w.prog(tab)}); d.Outcome == table.Refuse {
+				w.note(p.virt, table.File, table.Delete, d)
+				return d.Errno
+			}
 		}
 		if w.switched { // both directories must be there to ask
 			for _, x := range []*place{old, p} {
@@ -988,27 +1126,17 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 		}
 		hides := s.baseHas(old)
 		if !p.exists() {
-			white := p.whiteout
-			p.whiteout = false // replaced below in one step
 			if err := w.room(p); err != nil {
 				return err
 			}
-			p.whiteout = white
 		} else if p.layer == lower {
 			if err := w.asRoot(func() error { return s.ensureDir(p.parent.virt) }); err != nil {
 				return err
 			}
 		}
-		if old.isDir() {
-			if p.layer == upper {
-				if err := w.asRoot(func() error { return s.empty(p.virt) }); err != nil {
-					return err
-				}
-			}
-			if p.whiteout || s.baseHas(p) {
-				if err := w.asRoot(func() error { return s.makeOpaque(old.virt) }); err != nil {
-					return err
-				}
+		if old.isDir() && (p.whiteout || s.baseHas(p)) {
+			if err := w.asRoot(func() error { return s.makeOpaque(old.virt) }); err != nil {
+				return err
 			}
 		}
 		return w.asRoot(func() error {
@@ -1024,6 +1152,15 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 							return nil
 						}
 						return unix.Unlinkat(d, n, 0)
+					case old.isDir() && p.layer == upper:
+						// What the empty one hides of the base stays hidden.
+						if err := unix.Renameat2(d, n, d2, n2, unix.RENAME_EXCHANGE); err != nil {
+							return err
+						}
+						if hides {
+							return s.putWhiteout(old.virt, true)
+						}
+						return removeEmpty(d, n)
 					case hides:
 						// RENAME_WHITEOUT leaves a whiteout in the same step.
 						err := unix.Renameat2(d, n, d2, n2, unix.RENAME_WHITEOUT)

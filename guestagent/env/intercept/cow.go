@@ -286,11 +286,12 @@ func (s *Supervisor) putWhiteout(virt string, isDir bool) error {
 		if !isDir {
 			return unix.Renameat(s.workFD, tmp, dir, name)
 		}
-		if err := unix.Renameat2(s.workFD, tmp, dir, name, unix.RENAME_EXCHANGE); err != nil {
-			return err
-		}
-		return unix.Unlinkat(s.workFD, tmp, unix.AT_REMOVEDIR)
+		return unix.Renameat2(s.workFD, tmp, dir, name, unix.RENAME_EXCHANGE)
 	})
+	if err == nil && isDir {
+		// What it hid of the base stays hidden all the time.
+		return removeEmpty(s.workFD, tmp)
+	}
 	if err != nil {
 		_ = unix.Unlinkat(s.workFD, tmp, 0)
 	}
@@ -330,7 +331,24 @@ func (s *Supervisor) empty(virt string) error {
 	if err != nil {
 		return err
 	}
-	f := os.NewFile(uintptr(fd), virt)
+	return emptyDir(fd)
+}
+
+// removeEmpty removes a directory that programs see as empty.
+func removeEmpty(dir int, name string) error {
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if err := emptyDir(fd); err != nil {
+		return err
+	}
+	return unix.Unlinkat(dir, name, unix.AT_REMOVEDIR)
+}
+
+// emptyDir closes fd.
+func emptyDir(fd int) error {
+	f := os.NewFile(uintptr(fd), "directory")
 	defer f.Close()
 	names, err := f.Readdirnames(-1)
 	if err != nil {

@@ -124,6 +124,7 @@ func (t *tracee) call(nr uint64, a ...uint64) (result int64, executed bool, err 
 	if err := unix.PtraceSetRegs(t.tid, &r); err != nil {
 		return 0, false, err
 	}
+	want := r
 	for stops := 0; stops < 2; {
 		if err := unix.PtraceSyscall(t.tid, 0); err != nil {
 			return 0, false, err
@@ -135,7 +136,21 @@ func (t *tracee) call(nr uint64, a ...uint64) (result int64, executed bool, err 
 		case ev == unix.PTRACE_EVENT_EXEC:
 			return 0, true, nil
 		case ev == sysStop:
-			stops++
+			if stops++; stops == 2 {
+				break
+			}
+			// The thread is in the kernel, its registers are its own. Another one
+			// may have written other instructions before it came here.
+			if err := unix.PtraceGetRegs(t.tid, &r); err != nil {
+				return 0, false, err
+			}
+			if r.Orig_rax != nr || r.Rip != t.saved.Rip || r.Rdi != want.Rdi || r.Rsi != want.Rsi || r.Rdx != want.Rdx || r.R10 != want.R10 || r.R8 != want.R8 || r.R9 != want.R9 {
+				return 0, false, unix.EPERM
+			}
+			if nr == unix.SYS_EXECVEAT || nr == unix.SYS_OPENAT {
+				t.s.expect(t.tid, true)
+				defer t.s.expect(t.tid, false)
+			}
 		}
 	}
 	if err := unix.PtraceGetRegs(t.tid, &r); err != nil {
@@ -362,6 +377,7 @@ func (s *Supervisor) provide(interp string, q *place) error {
 		if err := unix.Unmount(target, unix.MNT_DETACH); err != nil {
 			return err
 		}
+		delete(s.exec.interp, interp)
 	} else {
 		if err := os.MkdirAll(path.Dir(target), 0o755); err != nil {
 			return errnoOf(err)
@@ -513,9 +529,7 @@ func (w *worker) givePath(p *place, f int) (int64, error) {
 			if err := c.write(uint64(base), append([]byte(name), 0)); err != nil {
 				return -int64(unix.EFAULT), false, nil
 			}
-			c.s.expect(t.tid, true)
 			got, _, err := t.call(unix.SYS_OPENAT, uint64(fd), uint64(base), uint64(f|unix.O_NOFOLLOW))
-			c.s.expect(t.tid, false)
 			if err != nil {
 				return 0, false, err
 			}
@@ -612,10 +626,7 @@ func (w *worker) execute(im *image, argv, envp uint64) error {
 		if err := w.write(base, data); err != nil {
 			return fail(-int64(unix.EFAULT), nil)
 		}
-		tid := t.tid
-		w.s.expect(tid, true)
 		result, executed, err := t.call(unix.SYS_EXECVEAT, uint64(fd), base, newArgv, envp, eflags)
-		w.s.expect(tid, false)
 		if err != nil {
 			return 0, false, err
 		}

@@ -42,6 +42,7 @@ var named = []uint32{
 	unix.SYS_LISTXATTR, unix.SYS_LLISTXATTR, unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR,
 	unix.SYS_EXECVE, unix.SYS_EXECVEAT, unix.SYS_INOTIFY_ADD_WATCH,
 	unix.SYS_BIND, unix.SYS_CONNECT, unix.SYS_SENDTO, unix.SYS_SENDMSG, unix.SYS_SENDMMSG,
+	unix.SYS_GETSOCKNAME, unix.SYS_GETPEERNAME, unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME,
 	unix.SYS_MQ_OPEN, unix.SYS_MQ_UNLINK, unix.SYS_SHMGET, unix.SYS_SEMGET, unix.SYS_MSGGET,
 	unix.SYS_SETUID, unix.SYS_SETGID, unix.SYS_SETREUID, unix.SYS_SETREGID, unix.SYS_SETRESUID, unix.SYS_SETRESGID,
 	unix.SYS_SETFSUID, unix.SYS_SETFSGID, unix.SYS_SETGROUPS, unix.SYS_CAPSET,
@@ -61,6 +62,7 @@ var refused = map[uint32]unix.Errno{
 	unix.SYS_KEXEC_LOAD: unix.EPERM, unix.SYS_KEXEC_FILE_LOAD: unix.EPERM, unix.SYS_REBOOT: unix.EPERM, unix.SYS_BPF: unix.EPERM,
 	unix.SYS_PTRACE: unix.EPERM, unix.SYS_PROCESS_VM_READV: unix.EPERM, unix.SYS_PROCESS_VM_WRITEV: unix.EPERM,
 	unix.SYS_PIDFD_GETFD: unix.EPERM, unix.SYS_SECCOMP: 0, unix.SYS_LOOKUP_DCOOKIE: unix.ENOSYS, unix.SYS_IOPERM: unix.EPERM, unix.SYS_IOPL: unix.EPERM,
+	unix.SYS_STATMOUNT: unix.ENOSYS, unix.SYS_LISTMOUNT: unix.ENOSYS,
 }
 
 // filter is the program that the kernel runs for every call. Calls it does not
@@ -114,8 +116,10 @@ func filter() []unix.SockFilter {
 	p = append(p, jump(jeq, unix.SYS_SECCOMP, 0, 4),
 		stmt(ld, arg(1)), jump(jst, unix.SECCOMP_FILTER_FLAG_NEW_LISTENER, 0, 1), errno(unix.EBUSY), stmt(ret, retAllow))
 	// New mount and user name spaces.
-	p = append(p, jump(jeq, unix.SYS_UNSHARE, 0, 4),
-		stmt(ld, arg(0)), jump(jst, unix.CLONE_NEWNS|unix.CLONE_NEWUSER, 0, 1), errno(unix.EPERM), stmt(ret, retAllow))
+	for _, nr := range []uint32{unix.SYS_UNSHARE, unix.SYS_CLONE} {
+		p = append(p, jump(jeq, nr, 0, 4),
+			stmt(ld, arg(0)), jump(jst, unix.CLONE_NEWNS|unix.CLONE_NEWUSER, 0, 1), errno(unix.EPERM), stmt(ret, retAllow))
+	}
 	return append(p, stmt(ret, retAllow))
 }
 

@@ -3,9 +3,10 @@
 package intercept
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
-	"hash/fnv"
 	"path"
 	"slices"
 	"strings"
@@ -38,9 +39,10 @@ func position(name string) int64 {
 	case "..":
 		return 2
 	}
-	h := fnv.New64a()
-	_, _ = h.Write([]byte(name))
-	v := h.Sum64()
+	v := uint64(14695981039346656037) // FNV-1a
+	for i := range len(name) {
+		v = (v ^ uint64(name[i])) * 1099511628211
+	}
 	return int64((v^v>>32)&(1<<posBits-1)) | 4
 }
 
@@ -58,14 +60,31 @@ type listKey struct {
 	virt string
 }
 
-const keepLists = 32
+const keepLists = 64
 
-func (l *lists) get(k listKey) ([]entry, bool) {
+// get finds the listing that a reader at pos has begun: its own, or, if the
+// descriptor was duplicated or inherited, one that has an end at pos.
+func (l *lists) get(k listKey, pos int64) ([]entry, bool) {
 	l.Lock()
 	defer l.Unlock()
-	e, ok := l.m[k]
-	return e, ok
+	if e, ok := l.m[k]; ok && isEnd(e, pos) {
+		return e, true
+	}
+	for o, e := range l.m {
+		if o.virt == k.virt && isEnd(e, pos) {
+			return e, true
+		}
+	}
+	return nil, false
 }
+
+// isEnd says whether pos is behind an entry of e.
+func isEnd(e []entry, pos int64) bool {
+	_, ok := slices.BinarySearchFunc(e, pos-1, comparePos)
+	return ok
+}
+
+func comparePos(e entry, pos int64) int { return cmp.Compare(e.pos, pos) }
 
 func (l *lists) put(k listKey, e []entry) {
 	l.Lock()
@@ -81,13 +100,6 @@ func (l *lists) put(k listKey, e []entry) {
 		l.order = append(l.order, k)
 	}
 	l.m[k] = e
-}
-
-func (l *lists) drop(k listKey) {
-	l.Lock()
-	defer l.Unlock()
-	delete(l.m, k)
-	l.order = slices.DeleteFunc(l.order, func(o listKey) bool { return o == k })
 }
 
 // readDir calls f for the entries of one layer's directory, without . and ... .
@@ -109,18 +121,31 @@ func (s *Supervisor) readDir(l layer, virt string, f func(name string, ino uint6
 		if err != nil || n == 0 {
 			return err
 		}
-		for b := buf[:n]; len(b) >= 19; {
-			size := int(binary.LittleEndian.Uint16(b[16:]))
-			if size < 20 || size > len(b) {
-				return unix.EIO
-			}
-			name, _, _ := strings.Cut(string(b[19:size]), "\x00")
+		if err := records(buf[:n], func(rec []byte, name string) {
 			if name != "." && name != ".." {
-				f(name, binary.LittleEndian.Uint64(b), b[18])
+				f(name, binary.LittleEndian.Uint64(rec), rec[18])
 			}
-			b = b[size:]
+		}); err != nil {
+			return err
 		}
 	}
+}
+
+// records calls f for every struct linux_dirent64 in b.
+func records(b []byte, f func(rec []byte, name string)) error {
+	for len(b) >= 19 {
+		size := int(binary.LittleEndian.Uint16(b[16:]))
+		if size < 20 || size > len(b) {
+			return unix.EIO
+		}
+		name := b[19:size]
+		if i := bytes.IndexByte(name, 0); i >= 0 {
+			name = name[:i]
+		}
+		f(b[:size], string(name))
+		b = b[size:]
+	}
+	return nil
 }
 
 // list is what programs see in a directory, in no order, without . and ... .
@@ -143,16 +168,21 @@ func (w *worker) listPlace(p *place) ([]entry, error) {
 	var out []entry
 	err := w.asRoot(func() error {
 		seen := map[string]bool{}
+		prog := ""
+		if decide {
+			prog = w.prog(tab)
+		}
 		outcome := func(name string) table.Outcome {
 			if !decide {
 				return p.dec.Outcome
 			}
-			d := tab.Decide(table.Request{Name: child(p.virt, name), Program: w.prog(tab)})
+			d := tab.Decide(table.Request{Name: child(p.virt, name), Program: prog})
 			if d.Outcome == table.Refuse && d.Errno != unix.ENOENT {
 				return table.Base
 			}
 			return d.Outcome
 		}
+		hides := path.Dir(s.store) == p.virt
 		if p.layer == upper {
 			err := s.readDir(upper, p.virt, func(name string, ino uint64, typ uint8) {
 				if name == opaqueName {
@@ -181,7 +211,7 @@ func (w *worker) listPlace(p *place) ([]entry, error) {
 			}
 		}
 		err := s.readDir(lower, p.virt, func(name string, ino uint64, typ uint8) {
-			if o := outcome(name); !seen[name] && !s.hidden(child(p.virt, name)) {
+			if o := outcome(name); !seen[name] && (!hides || !s.hidden(child(p.virt, name))) {
 				if o == table.Base || o == table.Pass || o == table.Environment && tab.Has(table.FIT, child(p.virt, name)) && typ == unix.DT_DIR {
 					out = append(out, entry{name, ino, typ, position(name)})
 				}
@@ -195,15 +225,25 @@ func (w *worker) listPlace(p *place) ([]entry, error) {
 	return out, err
 }
 
+// getdents is getdents64. What is read is decided by the directory that the
+// descriptor is of at this moment; later changes of the number do not count.
 func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 	s := w.s
-	virt, err := w.start(fd, "")
+	dir, err := w.getFD(fd)
 	if err != nil {
-		if err == unix.ENOENT || err == unix.ENOTDIR {
-			return 0, goOn // a directory that was removed, or none
-		}
 		return 0, err
 	}
+	defer unix.Close(dir)
+	var link [2 * table.MaxName]byte
+	n, err := unix.Readlink(fdPath(dir), link[:])
+	if err != nil {
+		return 0, err
+	}
+	real, ok := s.named(string(link[:n]))
+	if !ok {
+		return w.dents(dir, out, size, nil) // a directory that was removed, or none
+	}
+	virt := s.virtual(real)
 	p, err := w.walk("/", virt, walkOpts{action: table.Enumerate})
 	if err != nil {
 		return 0, err
@@ -211,25 +251,25 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 	if !p.isDir() {
 		return 0, unix.ENOTDIR
 	}
-	if p.layer == lower && p.dec.Outcome == table.Pass {
-		return 0, goOn
+	if p.layer == lower && p.dec.Outcome == table.Pass || p.layer == upper && !p.merged && !s.opaque(virt) {
+		return w.dents(dir, out, size, nil) // of one layer alone
 	}
-	if p.layer == upper && !p.merged && !s.opaque(virt) {
-		return 0, goOn // the environment's alone
-	}
-	dir, err := w.getFD(fd)
-	if err != nil {
-		return 0, err
-	}
-	defer unix.Close(dir)
 	// The position is the kernel's, so that lseek, dup and fork work.
 	pos, err := unix.Seek(dir, 0, unix.SEEK_CUR)
 	if err != nil {
 		return 0, err
 	}
+	pure := p.layer == lower && p.dec.Outcome == table.Base && path.Dir(s.store) != virt && !s.live.Load().Below(virt)
+	if pos == 0 && pure {
+		return w.dents(dir, out, size, nil)
+	}
 	k := listKey{w.tgid(), fd, virt}
-	all, ok := s.lists.get(k)
-	if pos == 0 || !ok {
+	var all []entry
+	if pos != 0 {
+		all, ok = s.lists.get(k, pos)
+	}
+	switch {
+	case pos == 0:
 		if all, err = w.listPlace(p); err != nil {
 			return 0, err
 		}
@@ -240,13 +280,28 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 		all = append(all, entry{".", p.st.Ino, unix.DT_DIR, 1}, entry{"..", parent, unix.DT_DIR, 2})
 		slices.SortFunc(all, func(a, b entry) int {
 			if a.pos != b.pos {
-				return int(min(max(a.pos-b.pos, -1), 1))
+				return cmp.Compare(a.pos, b.pos)
 			}
 			return strings.Compare(a.name, b.name)
 		})
 		s.lists.put(k, all)
+	case ok: // goes on
+	case pure:
+		return w.dents(dir, out, size, nil)
+	default:
+		// Begun when the base's directory was all there was: it is read to its end,
+		// without what was removed since.
+		there := map[string]bool{}
+		now, err := w.listPlace(p)
+		if err != nil {
+			return 0, err
+		}
+		for i := range now {
+			there[now[i].name] = true
+		}
+		return w.dents(dir, out, size, func(name string) bool { return name == "." || name == ".." || there[name] })
 	}
-	at, _ := slices.BinarySearchFunc(all, pos, func(e entry, pos int64) int { return int(min(max(e.pos-pos, -1), 1)) })
+	at, _ := slices.BinarySearchFunc(all, pos, comparePos)
 	buf := make([]byte, 0, min(size, 256<<10))
 	i := at
 	for ; i < len(all); i++ {
@@ -255,12 +310,11 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 		if len(buf)+n > cap(buf) {
 			break
 		}
-		// A following name of the same position must be reached, too.
-		next := e.pos + 1
 		rec := buf[len(buf) : len(buf)+n]
 		clear(rec)
 		binary.LittleEndian.PutUint64(rec, e.ino)
-		binary.LittleEndian.PutUint64(rec[8:], uint64(next))
+		// A following name of the same position must be reached, too.
+		binary.LittleEndian.PutUint64(rec[8:], uint64(e.pos+1))
 		binary.LittleEndian.PutUint16(rec[16:], uint16(n))
 		rec[18] = e.typ
 		copy(rec[19:], e.name)
@@ -270,20 +324,17 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 		if i < len(all) {
 			return 0, unix.EINVAL // not even one fits
 		}
-		s.lists.drop(k)
+		s.lists.put(k, all[len(all)-1:]) // enough to know the end again
 		return 0, nil
 	}
-	if err := w.write(out, buf); err != nil {
-		return 0, err
-	}
-	// Names of one position are not torn apart, unless they alone fill the buffer.
 	last := all[i-1].pos + 1
+	// Names of one position are not torn apart, unless they alone fill the buffer.
 	if i < len(all) && all[i].pos == all[i-1].pos {
 		j := i - 1
 		for j > at && all[j].pos == all[i].pos {
 			j--
 		}
-		if j > at {
+		if all[j].pos != all[i].pos {
 			cut := 0
 			for _, e := range all[at : j+1] {
 				cut += (19 + len(e.name) + 1 + 7) &^ 7
@@ -291,8 +342,39 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 			buf, last = buf[:cut], all[j].pos+1
 		}
 	}
+	if err := w.write(out, buf); err != nil {
+		return 0, err
+	}
 	if _, err := unix.Seek(dir, last, unix.SEEK_SET); err != nil && !errors.Is(err, unix.EINVAL) {
 		return 0, err
 	}
 	return int64(len(buf)), nil
+}
+
+// dents reads a directory of the kernel's for the program, without the names that
+// keep is false for.
+func (w *worker) dents(dir int, out uint64, size int, keep func(name string) bool) (int64, error) {
+	buf := make([]byte, min(size, 256<<10))
+	for {
+		n, err := unix.Getdents(dir, buf)
+		if err != nil || n == 0 {
+			return 0, err
+		}
+		b := buf[:n]
+		if keep != nil {
+			b = b[:0] // never ahead of what is read
+			err := records(buf[:n], func(rec []byte, name string) {
+				if keep(name) {
+					b = append(b, rec...)
+				}
+			})
+			if err != nil {
+				return 0, err
+			}
+			if len(b) == 0 {
+				continue
+			}
+		}
+		return int64(len(b)), w.write(out, b)
+	}
 }

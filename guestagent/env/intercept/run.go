@@ -50,7 +50,7 @@ func Prefix(dir string) string {
 const (
 	Tree = "root"
 	Work = "work"
-	jail = "jail"
+	Jail = "jail"
 )
 
 // Errors, for errors.Is.
@@ -127,7 +127,7 @@ func (s *Supervisor) reap(pid int) (int, error) {
 			}
 		}
 		if code >= 0 {
-			killChildren()
+			s.killAll()
 		}
 		for {
 			var info unix.Siginfo
@@ -163,17 +163,28 @@ func (s *Supervisor) ended(pid int) unix.WaitStatus {
 	return unix.WaitStatus(unix.SIGKILL)
 }
 
-// killChildren kills all children of this process. Their own become its children
-// then.
-func killChildren() {
-	procs, _ := os.ReadDir("/proc")
-	for _, p := range procs {
-		pid, err := strconv.Atoi(p.Name())
-		if err != nil {
-			continue
+// killAll kills all processes of the environment's run, which are those whose root
+// is the jail. They are stopped first, until no new ones are found: a program that
+// forks faster than it is killed comes to an end, too.
+func (s *Supervisor) killAll() {
+	stopped := map[string]bool{}
+	for range 1000 {
+		found := false
+		procs, _ := os.ReadDir("/proc")
+		for _, p := range procs {
+			pid, err := strconv.Atoi(p.Name())
+			if err == nil && pid != os.Getpid() && !stopped[p.Name()] && s.inside(p.Name()) {
+				found = true
+				stopped[p.Name()] = true
+				_ = unix.Kill(pid, unix.SIGSTOP)
+			}
 		}
-		b, err := os.ReadFile("/proc/" + p.Name() + "/status")
-		if err == nil && statusField(b, "PPid:") == itoa(os.Getpid()) {
+		if !found {
+			break
+		}
+	}
+	for p := range stopped {
+		if pid, err := strconv.Atoi(p); err == nil && s.inside(p) {
 			_ = unix.Kill(pid, unix.SIGKILL)
 		}
 	}
@@ -206,7 +217,15 @@ func Protect(dir string) error {
 	fail := func(what string, err error) error {
 		return fmt.Errorf("%w: %s: %w", ErrProtect, what, err)
 	}
-	jail := filepath.Join(dir, jail)
+	// In the name space of whoever called, this would be the end of the machine.
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return fail("name space", err)
+	}
+	if parent, err := os.Readlink("/proc/" + itoa(os.Getppid()) + "/ns/mnt"); err != nil || parent == own {
+		return fail("name space", errors.New("not one of its own: only run starts this"))
+	}
+	jail := filepath.Join(dir, Jail)
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fail("private mounts", err)
 	}
@@ -230,7 +249,7 @@ func Protect(dir string) error {
 func newSupervisor(c *Config) (*Supervisor, error) {
 	s := &Supervisor{
 		space: table.Space{Root: filepath.Join(c.Dir, Tree), Prefix: Prefix(c.Dir)},
-		store: c.Store, jail: filepath.Join(c.Dir, jail), live: c.Table, note: c.Note,
+		store: c.Store, jail: filepath.Join(c.Dir, Jail), live: c.Table, note: c.Note,
 	}
 	s.exec.interp, s.exec.pending = map[string]devIno{}, map[int]bool{}
 	m, err := os.ReadFile("/proc/self/uid_map")
@@ -247,6 +266,12 @@ func newSupervisor(c *Config) (*Supervisor, error) {
 			return fail(x.path, err)
 		}
 	}
+	var st unix.Stat_t
+	if err := unix.Stat(s.jail, &st); err != nil {
+		return fail(s.jail, err)
+	}
+	s.jailID = devIno{st.Dev, st.Ino}
+	s.parent = os.Getppid()
 	return s, nil
 }
 
@@ -364,17 +389,21 @@ func lockIn(jail string) (int, error) {
 	if err := unix.Chdir("/"); err != nil {
 		return -1, err
 	}
+	// What could change the base without naming anything of it.
+	for _, c := range []uintptr{unix.CAP_SYS_ADMIN, unix.CAP_SYS_RAWIO, unix.CAP_SYS_MODULE, unix.CAP_SYS_BOOT, unix.CAP_SYS_TIME,
+		unix.CAP_LINUX_IMMUTABLE, unix.CAP_MAC_ADMIN, unix.CAP_MAC_OVERRIDE, unix.CAP_AUDIT_CONTROL, unix.CAP_SYSLOG, unix.CAP_BPF, unix.CAP_PERFMON} {
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil && err != unix.EINVAL {
+			return -1, fmt.Errorf("capability %d: %w", c, err)
+		}
+	}
 	return install()
 }
 
 // Isolated prepares cmd to run Supervise: in a mount name space of its own, and,
-// without privileges, in a user name space where the user is root. hostname says
-// that the environment has its own host name.
-func Isolated(cmd *exec.Cmd, hostname bool) {
-	a := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	if hostname {
-		a.Cloneflags |= syscall.CLONE_NEWUTS
-	}
+// without privileges, in a user name space where the user is root. The host name
+// is always a copy of the base's.
+func Isolated(cmd *exec.Cmd) {
+	a := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWUTS, Pdeathsig: syscall.SIGKILL}
 	if os.Geteuid() != 0 {
 		a.Cloneflags |= syscall.CLONE_NEWUSER
 		a.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}

@@ -35,6 +35,7 @@ type place struct {
 	merged   bool // a directory of both
 	parent   *dirState
 	slash    bool // the name ended in a slash
+	dots     bool // its last component was . or ..
 }
 
 func (p *place) exists() bool { return p.layer != nowhere }
@@ -100,8 +101,38 @@ func rel(virt string) string {
 	return virt[1:]
 }
 
+// lstat follows no symbolic link. In the environment's tree programs can put one
+// in the place of a directory that was walked already; Fstatat would follow it out
+// of the tree.
 func (s *Supervisor) lstat(l layer, virt string, st *unix.Stat_t) error {
-	return unix.Fstatat(s.rootFD(l), rel(virt), st, unix.AT_SYMLINK_NOFOLLOW)
+	if l == lower || strings.LastIndexByte(virt, '/') == 0 {
+		return unix.Fstatat(s.rootFD(l), rel(virt), st, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	fd, err := s.openUpper(virt, unix.O_PATH|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Fstat(fd, st)
+}
+
+// readlink is lstat's sibling.
+func (s *Supervisor) readlink(l layer, virt string) (string, error) {
+	buf := make([]byte, 2*table.MaxName)
+	if l == lower {
+		n, err := unix.Readlinkat(s.baseFD, rel(virt), buf)
+		return string(buf[:max(n, 0)]), err
+	}
+	fd, err := s.openUpper(virt, unix.O_PATH|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	n, err := unix.Readlinkat(fd, "", buf)
+	if err == unix.ENOENT {
+		err = unix.EINVAL // no link any more
+	}
+	return string(buf[:max(n, 0)]), err
 }
 
 func (s *Supervisor) rootFD(l layer) int {
@@ -141,7 +172,7 @@ const opaqueName = ".gondola-opaque"
 
 func (s *Supervisor) opaque(virt string) bool {
 	var st unix.Stat_t
-	return unix.Fstatat(s.upperFD, rel(child(virt, opaqueName)), &st, unix.AT_SYMLINK_NOFOLLOW) == nil
+	return s.lstat(upper, child(virt, opaqueName), &st) == nil
 }
 
 // walk finds what name, relative to the directory start, leads to. start is
@@ -189,7 +220,7 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 		}
 		if rest == "" {
 			// The directory itself: /, or what .. led to.
-			p := &place{virt: dir.virt, parent: dir.parent, slash: true}
+			p := &place{virt: dir.virt, parent: dir.parent, slash: true, dots: true}
 			if dir.parent == nil {
 				p.parent = dir
 			}
@@ -456,34 +487,39 @@ func (s *Supervisor) hidden(virt string) bool {
 // /proc lead to what they stand for by name, so that it is decided again, or, if
 // it has no name, to itself.
 func (w *worker) readLink(p *place) (target string, found *place, err error) {
-	var buf [table.MaxName + 1]byte
-	n, err := unix.Readlinkat(w.s.rootFD(p.layer), rel(p.virt), buf[:])
-	if err != nil {
-		return "", nil, err
+	target, err = w.s.readlink(p.layer, p.virt)
+	if err != nil || p.layer != lower || !isMagic(p.virt) {
+		return target, nil, err
 	}
-	target = string(buf[:n])
-	if p.layer != lower || !isMagic(p.virt) {
-		return target, nil, nil
-	}
-	if strings.HasPrefix(target, "/") {
-		var st, now unix.Stat_t
-		err := unix.Stat(p.virt, &st)
-		if err != nil {
-			return "", nil, err
-		}
-		if real, ok := w.s.named(target); ok {
-			v := w.s.virtual(real)
-			if unix.Lstat(real, &now) == nil && now.Dev == st.Dev && now.Ino == st.Ino || path.Base(p.virt) == "root" {
-				return v, nil, nil
-			}
-		}
-		return "", &place{virt: p.virt, layer: magic, st: st, link: p.virt}, nil
-	}
-	var st unix.Stat_t
+	var st, now unix.Stat_t
 	if err := unix.Stat(p.virt, &st); err != nil {
 		return "", nil, err
 	}
+	real, named := w.s.named(target)
+	var there, inside bool
+	// The supervisor's own rights: nobody else may enter its store.
+	err = w.asRoot(func() error {
+		there = named && unix.Lstat(real, &now) == nil && now.Dev == st.Dev && now.Ino == st.Ino
+		inside = w.s.inside(strings.Split(p.virt, "/")[2])
+		return nil
+	})
+	switch {
+	case err != nil:
+		return "", nil, err
+	case named && (there || path.Base(p.virt) == "root"):
+		return w.s.virtual(real), nil, nil
+	case !inside:
+		// What a process of the base has open without a name is the base's, and
+		// not behind the read-only mounts.
+		return "", nil, unix.EACCES
+	}
 	return "", &place{virt: p.virt, layer: magic, st: st, link: p.virt}, nil
+}
+
+// inside says whether a process runs in this environment.
+func (s *Supervisor) inside(pid string) bool {
+	var root unix.Stat_t
+	return unix.Stat("/proc/"+pid+"/root", &root) == nil && devIno{root.Dev, root.Ino} == s.jailID
 }
 
 // isMagic says whether a path in /proc is a link to an object rather than a name:
@@ -525,8 +561,12 @@ func (w *worker) access(p *place, mode uint32) error {
 	if p.layer == magic {
 		return unix.Faccessat(unix.AT_FDCWD, p.link, mode, unix.AT_EACCESS)
 	}
-	flags := unix.AT_EACCESS | unix.AT_SYMLINK_NOFOLLOW
-	err := faccessat2(w.s.rootFD(p.layer), rel(p.virt), mode, flags)
+	fd, err := w.s.openPath(p)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	err = unix.Faccessat(fd, "", mode, unix.AT_EACCESS|unix.AT_EMPTY_PATH)
 	if err == unix.EROFS && p.layer == lower && p.dec.Outcome != table.Pass {
 		return nil // the rights are there; it would be copied
 	}

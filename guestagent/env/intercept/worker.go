@@ -49,6 +49,9 @@ type Supervisor struct {
 	execs atomic.Int64 // programs executed so far
 	exits sync.Map     // pid: wait status, of what ended while it was traced
 	lists lists
+
+	jailID devIno
+	parent int // a process in the base's own mount name space
 }
 
 type devIno struct{ dev, ino uint64 }
@@ -468,14 +471,16 @@ func (w *worker) atEmpty(dirfd int32, addr uint64, flags uint64, o walkOpts) (*p
 	return w.at(dirfd, addr, o)
 }
 
-func faccessat2(dir int, name string, mode uint32, flags int) error {
-	return unix.Faccessat(dir, name, mode, flags)
-}
-
-// pidfd opens the process of the program.
+// pidfd opens the process of the program. Most threads that call are the first
+// of their process, and the kernel says so.
 func (w *worker) pidfd() (int, error) {
 	var fd int
-	err := w.asRoot(func() (err error) { fd, err = unix.PidfdOpen(w.tgid(), 0); return err })
+	err := w.asRoot(func() (err error) {
+		if fd, err = unix.PidfdOpen(w.tid, 0); err != nil {
+			fd, err = unix.PidfdOpen(w.tgid(), 0)
+		}
+		return err
+	})
 	return fd, err
 }
 

@@ -25,6 +25,7 @@ func main() {
 		Children: map[string]func([]string) int{
 			"echo":   childEcho,
 			"vector": childVector,
+			"vsock":  childVsock,
 		},
 	}.Main()
 }
