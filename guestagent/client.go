@@ -276,3 +276,12 @@ func (c *Client) Info(ctx context.Context, want proto.InfoRequest) (*GuestInfo, 
 	}
 	return info, nil
 }
+
+// CPUs takes processors of the guest offline, or brings them back, and tells which
+// there are (S3.9). What the guest says of itself is its word.
+func (c *Client) CPUs(ctx context.Context, req proto.CPURequest) (r proto.CPUs, err error) {
+	if err = c.conn.Do(ctx, proto.OpCPUs, req, &r); err != nil {
+		return r, fmt.Errorf("cpus: %w", err)
+	}
+	return r, nil
+}

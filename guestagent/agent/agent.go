@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"sync"
 	"syscall"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
@@ -47,10 +48,16 @@ type Config struct {
 	Software string
 	// OnSession is called when a session with the host begins.
 	OnSession func(proto.Hello)
+	// CPUDir is where the kernel's processors are (default
+	// /sys/devices/system/cpu).
+	CPUDir string
 }
 
 // Agent serves the operations of package proto.
-type Agent struct{ cfg Config }
+type Agent struct {
+	cfg    Config
+	cpusMu sync.Mutex // one change at a time
+}
 
 // New returns an agent.
 func New(cfg Config) *Agent {
@@ -59,6 +66,9 @@ func New(cfg Config) *Agent {
 	}
 	if len(cfg.Shell) == 0 {
 		cfg.Shell = []string{"/bin/sh"}
+	}
+	if cfg.CPUDir == "" {
+		cfg.CPUDir = "/sys/devices/system/cpu"
 	}
 	if cfg.Reaper == nil {
 		cfg.Reaper = &Reaper{}
@@ -87,6 +97,7 @@ func (a *Agent) Conn(rwc io.ReadWriteCloser) *proto.Conn {
 			proto.OpPut:      handle(a.put),
 			proto.OpGet:      handle(a.get),
 			proto.OpInfo:     handle(a.info),
+			proto.OpCPUs:     handle(a.cpus),
 			proto.OpShutdown: a.shutdown,
 		},
 	})

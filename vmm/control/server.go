@@ -243,6 +243,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		OpResume: handle(s.resume),
 
 		OpBalloon:    handle(s.balloon),
+		OpResources:  handle(s.resources),
 		OpLimits:     handle(s.limits),
 		OpDiskAttach: handle(s.attachDisk),
 		OpDiskDetach: handle(s.detachDisk),
