@@ -17,6 +17,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/balloon/policy"
 	"github.com/gondola-vmm/gondola/balloon/policy/host"
+	"github.com/gondola-vmm/gondola/balloon/revoke"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
@@ -210,7 +211,20 @@ type manager struct {
 	last    map[string]observed // what was last known of each machine
 }
 
+// farewellTimeout is how long the manager takes to let paused machines go on.
+const farewellTimeout = 5 * time.Second
+
+// close lets the machines that the manager has paused go on: nobody else would.
 func (m *manager) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), farewellTimeout)
+	defer cancel()
+	if !m.flags.dry {
+		for _, name := range m.policy.Paused() {
+			if err := m.act(ctx, policy.Action{Name: name, Resume: true}); err != nil && !errors.Is(err, control.ErrNotRunning) {
+				fmt.Fprintf(os.Stderr, "gondola: machine %s stays paused: %v; gondola resume %s lets it go on\n", name, err, name)
+			}
+		}
+	}
 	for _, c := range m.clients {
 		c.Close() // the machines go on
 	}
@@ -388,6 +402,6 @@ func (m *manager) act(ctx context.Context, a policy.Action) error {
 	case a.Resume:
 		return c.Resume(ctx)
 	}
-	_, err = c.Memory(ctx, control.BalloonRequest{Target: a.Target})
+	_, err = c.Resources(ctx, 0, control.ResourceTarget{Name: revoke.NameMemory, Target: a.Target})
 	return err
 }

@@ -37,7 +37,7 @@ func TestGuestResources(t *testing.T) {
 	time.Sleep(50 * time.Millisecond) // it comes to rest
 	before := g.VM().CPUTimes()
 	require.Len(t, before, 2)
-	g.Sh(t, "n=0; while [ $n -lt 20000 ]; do n=$((n+1)); done")
+	g.Sh(t, "n=0; while [ $n -lt 6000 ]; do n=$((n+1)); done")
 	after := g.VM().CPUTimes()
 	busy, idle := after[0]-before[0], after[1]-before[1]
 	t.Logf("of the host's processor time, vCPU 0 took %v and vCPU 1, offline, %v", busy, idle)
@@ -53,7 +53,7 @@ func TestGuestResources(t *testing.T) {
 	require.ErrorIs(t, cpus.Set(0), revoke.ErrTarget)
 
 	// Somebody in the guest brings it back behind the host's back.
-	g.Sh(t, "echo 1 > /sys/devices/system/cpu/cpu1/online; for i in 1 2; do n=0; while [ $n -lt 40000 ]; do n=$((n+1)); done & done; wait")
+	g.Sh(t, "echo 1 > /sys/devices/system/cpu/cpu1/online; for i in 1 2; do n=0; while [ $n -lt 6000 ]; do n=$((n+1)); done & done; wait")
 	require.Eventually(t, func() bool { return cpus.Status().Late }, vmmtest.Patience, 20*time.Millisecond)
 	assert.Contains(t, cpus.Status().Problem, "[1]")
 
