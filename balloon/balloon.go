@@ -338,7 +338,7 @@ func (d *Device) Audit(release bool) (uint64, error) {
 	d.mu.Lock()
 	release = release && d.driver && d.features&FeatureMustTellHost != 0 && !d.paused
 	d.mu.Unlock()
-	return d.pages.audit(release)
+	return d.pages.audit(release, false)
 }
 
 // InBalloon tells whether the page at a is in the balloon.
