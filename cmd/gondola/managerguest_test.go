@@ -27,16 +27,16 @@ import (
 func TestManagerWithGuests(t *testing.T) {
 	needkvm.Test(t)
 	const mib = 1 << 20
-	const size, least, budget = 128 * mib, 40 * mib, 150 * mib
+	const size, least, budget = 128 * mib, 40 * mib, 160 * mib
 	dir := t.TempDir()
 	t.Setenv("XDG_RUNTIME_DIR", dir)
 	t.Setenv("XDG_STATE_HOME", dir)
 	t.Setenv(envStates, dir)
 	ctx := vmmtest.Context(t)
 	script := map[string]string{
-		// One has used its memory and freed it; the other reads 50 MiB again and again.
-		"idle": "mkdir /mnt; mount -t tmpfs -o size=120m none /mnt; yes | head -c 60000000 >/mnt/x; rm /mnt/x",
-		"busy": "mkdir /mnt; mount -t tmpfs -o size=120m none /mnt; yes | head -c 50000000 >/mnt/x; (while :; do cat /mnt/x >/dev/null; sleep 0.2; done) </dev/null >/dev/null 2>&1 &",
+		// One has used its memory and freed it; the other reads 36 MiB again and again.
+		"idle": "mkdir /mnt; mount -t tmpfs -o size=120m none /mnt; dd if=/dev/zero of=/mnt/x bs=1M count=60 2>/dev/null; rm /mnt/x",
+		"busy": "mkdir /mnt; mount -t tmpfs -o size=120m none /mnt; dd if=/dev/zero of=/mnt/x bs=1M count=36 2>/dev/null; (while :; do cat /mnt/x >/dev/null; sleep 0.2; done) </dev/null >/dev/null 2>&1 &",
 	}
 	for _, name := range []string{"idle", "busy"} {
 		cfg := guest.Config{Name: name, Memory: size, Userland: initramfs.UserlandBusybox}

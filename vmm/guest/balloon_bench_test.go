@@ -12,11 +12,11 @@ import (
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
 )
 
-// hungry reads 72 MiB of a file in memory eight times, a page here and there in
+// hungry reads 72 MiB of a file in memory eight times, and computes something in
 // between: what a guest of 128 MiB has room for, and little more.
-const hungry = `i=0; while [ $i -lt 8 ]; do cat /mnt/x >/dev/null; head -c 4000000 /mnt/x | cksum >/dev/null; i=$((i+1)); done`
+const hungry = `i=0; while [ $i -lt 8 ]; do cat /mnt/x >/dev/null; head -c 1000000 /mnt/x | sha256sum >/dev/null; i=$((i+1)); done`
 
-const fillHungry = "mkdir -p /mnt && mount -t tmpfs -o size=120m none /mnt && yes memory | head -c 75497472 >/mnt/x"
+const fillHungry = "mkdir -p /mnt && mount -t tmpfs -o size=120m none /mnt && dd if=/dev/zero of=/mnt/x bs=1M count=72 2>/dev/null"
 
 // BenchmarkBalloonSlowdown is what a program that needs most of 128 MiB takes longer
 // in a guest that a balloon has made that small than in one that was started so:
