@@ -105,7 +105,6 @@ type Device struct {
 	closed   bool
 	paused   bool
 	target   uint64        // bytes left to the guest
-	since    time.Time     // when the target was set
 	progress time.Time     // when the balloon last came closer to it
 	distance uint64        // pages between balloon and target then
 	changed  chan struct{} // closed and replaced at every change
@@ -204,14 +203,25 @@ func (d *Device) SetTarget(bytes uint64) error {
 	return nil
 }
 
-// setTarget is called with d.mu held and a valid target.
+// setTarget is called with d.mu held and a valid target. A guest that does not move
+// is not excused by a target that moves further away, or a manager that lowers it
+// step by step would never see it late. One that is late has another chance.
 func (d *Device) setTarget(bytes uint64) {
 	bytes = (bytes + mem.PageSize - 1) / mem.PageSize * mem.PageSize
+	waits, down := d.missing() != 0 && bytes != d.target && d.cfg.Now().Sub(d.progress) < d.cfg.Deadline, d.short()
 	d.target = bytes
 	d.putConfig(offNumPages, uint32((d.mem.Size()-bytes)/mem.PageSize))
-	d.since = d.cfg.Now()
-	d.restart()
+	if waits && d.missing() != 0 && down == d.short() {
+		d.distance = d.missing()
+	} else {
+		d.restart()
+	}
 	d.bump()
+}
+
+// short tells whether the balloon is smaller than it should be.
+func (d *Device) short() bool {
+	return d.pages.count.Load() < (d.mem.Size()-d.target)/mem.PageSize
 }
 
 // restart gives the guest its whole deadline again; d.mu is held.
@@ -238,7 +248,8 @@ func (d *Device) bump() {
 func (d *Device) moved() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if m := d.missing(); m < d.distance {
+	m := d.missing()
+	if m < d.distance || d.distance == 0 && m != 0 { // nearer, or no longer there
 		d.distance, d.progress = m, d.cfg.Now()
 	}
 	d.bump()
@@ -327,7 +338,7 @@ func (d *Device) Audit(release bool) (uint64, error) {
 	d.mu.Lock()
 	release = release && d.driver && d.features&FeatureMustTellHost != 0 && !d.paused
 	d.mu.Unlock()
-	return d.pages.audit(release)
+	return d.pages.audit(release, false)
 }
 
 // InBalloon tells whether the page at a is in the balloon.

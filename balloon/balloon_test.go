@@ -321,6 +321,35 @@ func TestDeadline(t *testing.T) {
 	require.NoError(t, r.dev.Status().Err())
 }
 
+// A target that is lowered step by step does not excuse who does not move, and one
+// who leaves the target, as on OOM, has all of the deadline from then on.
+func TestDeadlineOfMovingTargets(t *testing.T) {
+	c := &clock{now: time.Unix(1e9, 0)}
+	r := newRig(t, 64*mib, balloon.Config{Now: c.Now, Deadline: 10 * time.Second})
+	require.NoError(t, r.Start(all, 0))
+	for i := range uint64(10) {
+		require.NoError(t, r.dev.SetTarget((60-i)*mib))
+		require.NoError(t, r.dev.Status().Err())
+		c.Add(time.Second)
+	}
+	require.ErrorIs(t, r.dev.Status().Err(), balloon.ErrLate)
+	require.NoError(t, r.dev.SetTarget(50*mib))
+	require.NoError(t, r.dev.Status().Err(), "a late one has another chance")
+	c.Add(9 * time.Second)
+	require.NoError(t, r.dev.SetTarget(64*mib-10*mem.PageSize))
+	r.frames(inflateQ, sequence(0x1000, 10)...)
+	require.True(t, r.dev.Status().Reached)
+	c.Add(time.Hour)
+	r.frames(deflateQ, sequence(0x1000, 10)...)
+	require.NoError(t, r.dev.Status().Err(), "it was there until now")
+	c.Add(9 * time.Second)
+	r.frames(inflateQ, sequence(0x1000, 3)...)
+	c.Add(9 * time.Second)
+	require.NoError(t, r.dev.Status().Err(), "it comes back")
+	c.Add(time.Second)
+	require.ErrorIs(t, r.dev.Status().Err(), balloon.ErrLate)
+}
+
 func TestPauseHoldsTheQueues(t *testing.T) {
 	r := start(t, 64*mib, balloon.Config{})
 	r.fill(16*mib, mem.PageSize, 7)

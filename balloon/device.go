@@ -67,9 +67,10 @@ func (d *Device) Attach(e virtio.Env) {
 	defer d.mu.Unlock()
 	d.env, d.mem = e, e.Memory
 	d.pages.attach(e.Memory)
+	d.target = d.mem.Size()
 	target := d.cfg.Target
 	if target == 0 {
-		target = d.mem.Size()
+		target = d.target
 	}
 	d.setTarget(min(max(target, d.minimum()), d.mem.Size()))
 }
@@ -160,7 +161,8 @@ func (d *Device) Resume() {
 }
 
 // role is what a queue is for. Linux before 6.10 numbers its queues without the
-// gaps of features that were not negotiated, 5.5.2 with them.
+// gaps of features that were not negotiated, 5.5.2 with them. Linux always takes
+// statistics, so that only the last two can move.
 func (d *Device) role(q int) int {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -180,11 +180,12 @@ func (p *pages) pause(on bool) {
 const auditPages = 64 * 256
 
 // audit counts the bytes in the balloon that have host memory, and gives them back
-// again if release is set.
-func (p *pages) audit(release bool) (found uint64, err error) {
+// again if release is set and, unless frozen is set, the machine is not paused: who
+// has paused it may be about to put it to another state.
+func (p *pages) audit(release, frozen bool) (found uint64, err error) {
 	vec := make([]byte, auditPages)
 	for at := 0; ; at += auditPages / 64 {
-		n, more, err := p.auditPart(at, vec, release)
+		n, more, err := p.auditPart(at, vec, release, frozen)
 		found += n
 		if err != nil || !more {
 			return found, err
@@ -192,7 +193,7 @@ func (p *pages) audit(release bool) (found uint64, err error) {
 	}
 }
 
-func (p *pages) auditPart(at int, vec []byte, release bool) (found uint64, more bool, err error) {
+func (p *pages) auditPart(at int, vec []byte, release, frozen bool) (found uint64, more bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if at >= len(p.set) {
@@ -216,7 +217,7 @@ func (p *pages) auditPart(at int, vec []byte, release bool) (found uint64, more 
 					continue
 				}
 				found += mem.PageSize
-				if release && !p.paused {
+				if release && (frozen || !p.paused) {
 					if err := p.mem.Discard(p.addr(i+uint64(j)), mem.PageSize); err != nil {
 						return found, false, err
 					}

@@ -113,11 +113,15 @@ func (d *Device) LoadState(s devices.State) (func(bool, uint64), error) {
 	return func(active bool, features uint64) { d.load(&v, set, active, features) }, nil
 }
 
-// load is the second step of LoadState.
+// load is the second step of LoadState. Memory is the state's by then.
 func (d *Device) load(v *savedBalloon, set []uint64, active bool, features uint64) {
 	held := active && v.Held && features&FeatureStats != 0 &&
 		d.env.Queues[queueStats].Repop(&d.chains[queueStats], v.Head, 0, 0)
 	d.pages.load(set, active)
+	// What was written to its pages by whoever put memory to the state, zeros, is
+	// given back; an error leaves that.
+	_, _ = d.pages.audit(true, true)
+	size := d.mem.Size()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.stopStats()
@@ -126,6 +130,7 @@ func (d *Device) load(v *savedBalloon, set []uint64, active bool, features uint6
 	d.putConfig(offActual, v.Actual)
 	d.putConfig(offPoison, v.Poison)
 	d.putConfig(offHintCmd, v.Hint)
+	d.target = size - d.pages.count.Load()*mem.PageSize // the deadline begins anew
 	d.setTarget(max(v.Target, d.minimum()))
 	d.startStats()
 	d.stats.held = held

@@ -318,3 +318,12 @@ func (c *Client) Snapshot(ctx context.Context, req proto.SnapshotRequest, each f
 	}
 	return s, nil
 }
+
+// CPUs takes processors of the guest offline, or brings them back, and tells which
+// there are (S3.9). What the guest says of itself is its word.
+func (c *Client) CPUs(ctx context.Context, req proto.CPURequest) (r proto.CPUs, err error) {
+	if err = c.conn.Do(ctx, proto.OpCPUs, req, &r); err != nil {
+		return r, fmt.Errorf("cpus: %w", err)
+	}
+	return r, nil
+}

@@ -29,7 +29,7 @@ type StateResult struct {
 }
 
 // withRestore are the operations that may be performed with a restore (spec S5.6).
-var withRestore = []string{service.OpPing, service.OpHostInfo, service.OpMark}
+var withRestore = []string{service.OpPing, service.OpHostInfo, service.OpMark, service.OpMemory, service.OpCPUs}
 
 // Ops are port A's operations on the states of a machine, whose manager get
 // returns. The outcome of a restore goes to the restored guest, which has not asked

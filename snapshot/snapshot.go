@@ -14,6 +14,7 @@
 package snapshot
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -271,6 +272,28 @@ func (m *Manager) forget() { _ = m.setCurrent(nil, nil) } // what Close of a fil
 // saveChunk is how much of memory is given to the store at a time, in bytes.
 const saveChunk = 1 << 20
 
+// zeros are what a hole reads as.
+var zeros [saveChunk]byte
+
+// put writes whole pages of a state to memory. What is zero is given back to the host
+// instead, as it is where a balloon has it.
+func put(memory *mem.Memory, gpa mem.Addr, data []byte) error {
+	for len(data) > 0 {
+		n := min(len(data), saveChunk)
+		var err error
+		if bytes.Equal(data[:n], zeros[:n]) {
+			err = memory.Discard(gpa, uint64(n))
+		} else {
+			err = memory.WriteAt(data[:n], gpa)
+		}
+		if err != nil {
+			return err
+		}
+		gpa, data = gpa+mem.Addr(n), data[n:]
+	}
+	return nil
+}
+
 // putRanges gives memory to the writer.
 func putRanges(ctx context.Context, w *store.Writer, memory *mem.Memory, ranges []mem.Range, progress func(done, total uint64)) error {
 	var done, total uint64
@@ -283,11 +306,17 @@ func putRanges(ctx context.Context, w *store.Writer, memory *mem.Memory, ranges 
 				return context.Cause(ctx)
 			}
 			n := min(saveChunk, r.Size-off)
-			view, err := memory.View(r.Start+mem.Addr(off), n)
+			err := memory.Parts(r.Start+mem.Addr(off), n, func(r mem.Range, hole bool) error {
+				if hole { // given back by a balloon; it stays with the host
+					return w.Pages(r.Start, zeros[:r.Size])
+				}
+				view, err := memory.View(r.Start, r.Size)
+				if err != nil {
+					return err
+				}
+				return w.Pages(r.Start, view)
+			})
 			if err != nil {
-				return err
-			}
-			if err := w.Pages(r.Start+mem.Addr(off), view); err != nil {
 				return err
 			}
 			if done += n; progress != nil {
@@ -468,7 +497,7 @@ func (m *Manager) plan(ctx context.Context, st *store.State, memory *mem.Memory,
 			return nil, err
 		}
 		return func() error {
-			return st.Memory().ReadRanges(ranges, func(gpa mem.Addr, data []byte) error { return memory.WriteAt(data, gpa) })
+			return st.Memory().ReadRanges(ranges, func(gpa mem.Addr, data []byte) error { return put(memory, gpa, data) })
 		}, nil
 	}
 	buf := make([]byte, total)
@@ -482,7 +511,7 @@ func (m *Manager) plan(ctx context.Context, st *store.State, memory *mem.Memory,
 	return func() error {
 		at := buf
 		for _, r := range ranges {
-			if err := memory.WriteAt(at[:r.Size], r.Start); err != nil {
+			if err := put(memory, r.Start, at[:r.Size]); err != nil {
 				return err
 			}
 			at = at[r.Size:]

@@ -3,6 +3,7 @@ package policy
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 )
@@ -128,6 +129,7 @@ type Manager struct {
 	last   time.Time
 	passed map[string]time.Time // until when
 	paused map[string]bool      // by us
+	remind map[string]bool      // they are to be told their target again
 }
 
 // New makes a manager.
@@ -148,7 +150,7 @@ func New(c Config) *Manager {
 	if c.Penalty <= 0 {
 		c.Penalty = time.Minute
 	}
-	return &Manager{cfg: c, passed: map[string]time.Time{}, paused: map[string]bool{}}
+	return &Manager{cfg: c, passed: map[string]time.Time{}, paused: map[string]bool{}, remind: map[string]bool{}}
 }
 
 // Level is the host's level after the last step.
@@ -245,8 +247,24 @@ func (m *Manager) Step(now time.Time, h Host, machines []Machine) Decision {
 		}
 		m.move(&d, machines, index, rest, elapsed)
 	}
+	m.reminders(&d, machines)
 	m.pausing(&d, machines)
 	return d
+}
+
+// Paused are the machines that were paused and not let go on again: for a manager
+// that ends.
+func (m *Manager) Paused() []string { return slices.Sorted(maps.Keys(m.paused)) }
+
+// reminders tell machines that have another chance their target once more: Linux
+// does not come back to one that it left for lack of memory until it is told.
+func (m *Manager) reminders(d *Decision, machines []Machine) {
+	for _, x := range machines {
+		if m.remind[x.Name] && !slices.ContainsFunc(d.Actions, func(a Action) bool { return a.Name == x.Name }) {
+			d.Actions = append(d.Actions, Action{Name: x.Name, Target: x.Target, Why: "has another chance to follow"})
+		}
+	}
+	clear(m.remind)
 }
 
 // claim is a machine's claim. One whose use is not known is taken to use all.
@@ -285,6 +303,7 @@ func (m *Manager) passOver(now time.Time, x Machine) bool {
 	until, ok := m.passed[x.Name]
 	if ok && !now.Before(until) {
 		delete(m.passed, x.Name) // another chance
+		m.remind[x.Name] = true
 		return false
 	}
 	if ok && x.Actual <= x.Target {
@@ -334,7 +353,7 @@ func (m *Manager) move(d *Decision, machines []Machine, index []int, rest uint64
 			v.Target -= min(limit(x), v.Target-v.Ideal)
 		}
 		// Until it has given it up, the memory is not there for others.
-		used = add(used, max(v.Target, min(x.Actual, max(x.Target, v.Target))))
+		used = add(used, max(v.Target, x.Actual))
 	}
 	room := sub(rest, used)
 	want := uint64(0)

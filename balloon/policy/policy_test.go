@@ -234,6 +234,13 @@ func TestMachinesThatDoNotFollowArePassedOver(t *testing.T) {
 	assert.Contains(t, d.Views[0].Note, "does not follow")
 	assert.Less(t, w.machines[1].Actual, uint64(480*mib), "the other one gives")
 	assert.GreaterOrEqual(t, w.machines[1].Actual, uint64(32*mib))
+	// When its time is over it is told again, whether or not its target changes.
+	told := false
+	for range 10 {
+		d = w.step()
+		told = told || slices.ContainsFunc(d.Actions, func(a Action) bool { return a.Name == "stuck" && a.Target == w.machines[0].Target })
+	}
+	assert.True(t, told)
 	w.stuck["stuck"] = false
 	w.machines[0].Late = false
 	for range 60 {
@@ -329,10 +336,23 @@ func TestPausedMachinesGoOn(t *testing.T) {
 	d := w.step()
 	require.Equal(t, Low, d.Level)
 	assert.True(t, d.Short)
+	assert.Len(t, w.m.Paused(), 1)
 	require.True(t, slices.ContainsFunc(d.Actions, func(a Action) bool { return a.Pause }), "%+v", d.Actions)
 	w.total = 4000 * mib
 	d = w.step()
 	require.True(t, slices.ContainsFunc(d.Actions, func(a Action) bool { return a.Resume }), "%+v", d)
+	assert.Empty(t, w.m.Paused())
+}
+
+// What a machine has not given up yet is not promised to others.
+func TestNothingIsPromisedTwice(t *testing.T) {
+	giver := Machine{Name: "a", Shares: 1000, Min: 32 * mib, Max: 512 * mib, Target: 128 * mib, Actual: 400 * mib, Allocated: 400 * mib, Driver: true, Active: 0}
+	taker := Machine{Name: "b", Shares: 1000, Min: 32 * mib, Max: 512 * mib, Target: 112 * mib, Actual: 112 * mib, Allocated: 112 * mib, Driver: true, Active: 1}
+	d := New(Config{Budget: 512 * mib}).Step(time.Unix(1, 0), Host{Total: 4096 * mib, Available: 2048 * mib}, []Machine{giver, taker})
+	assert.EqualValues(t, 112*mib, d.Views[1].Target, "%+v", d)
+	giver.Actual = 128 * mib
+	d = New(Config{Budget: 512 * mib}).Step(time.Unix(1, 0), Host{Total: 4096 * mib, Available: 2048 * mib}, []Machine{giver, taker})
+	assert.Greater(t, d.Views[1].Target, uint64(112*mib))
 }
 
 func TestAdmit(t *testing.T) {

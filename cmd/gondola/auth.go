@@ -21,7 +21,7 @@ import (
 
 // rightsOf are the operations that rights are given to, for completion and for
 // telling of typing errors: package service's, and those on states.
-var rightsOf = []string{service.OpHostInfo, service.OpList, service.OpMark, "save", "restore", "delete", "describe", "tree"}
+var rightsOf = []string{service.OpHostInfo, service.OpList, service.OpMark, service.OpMemory, service.OpCPUs, "save", "restore", "delete", "describe", "tree"}
 
 func authCommand() *cobra.Command {
 	c := &cobra.Command{

@@ -19,6 +19,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/balloon/policy"
 	"github.com/gondola-vmm/gondola/balloon/policy/host"
+	"github.com/gondola-vmm/gondola/balloon/revoke"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
@@ -31,8 +32,19 @@ type managerFlags struct {
 	budget           memorySize
 	once, dry        bool
 	asJSON           bool
-	record           string
+	record, file     string
+
+	config *managerConfig // nil: none
 }
+
+// Bounds of the flags.
+const (
+	minManagerInterval = 100 * time.Millisecond
+	maxManagerInterval = time.Minute
+	minSampleInterval  = 100 * time.Millisecond
+	maxSampleInterval  = time.Hour
+	maxManagerSamples  = 4096
+)
 
 func managerCommand() *cobra.Command {
 	f := managerFlags{}
@@ -50,19 +62,23 @@ guest says of itself changes nothing; which part of its memory it uses is found 
 by sampling. Machines that do not follow are passed over for a minute.`,
 		Example: `  gondola manager
   gondola manager --once --dry-run
+  gondola manager --config memory.yaml
   gondola manager --budget 512M --record memory.jsonl
   gondola manager plot memory.jsonl -o memory.svg`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := f.configure(cmd.Flags().Changed); err != nil {
+				return err
+			}
 			switch {
-			case f.tax < 0 || f.tax > policy.MaxTax:
+			case !(f.tax >= 0 && f.tax <= policy.MaxTax):
 				return usageError{fmt.Errorf("--tax %v: want 0 to %v", f.tax, policy.MaxTax)}
-			case f.interval < 100*time.Millisecond || f.interval > time.Minute:
+			case f.interval < minManagerInterval || f.interval > maxManagerInterval:
 				return usageError{fmt.Errorf("--interval %v: want 100ms to 1m", f.interval)}
-			case f.sample < 100*time.Millisecond || f.sample > time.Hour:
+			case f.sample < minSampleInterval || f.sample > maxSampleInterval:
 				return usageError{fmt.Errorf("--sample-interval %v: want 100ms to 1h", f.sample)}
-			case f.samples < 1 || f.samples > 4096:
-				return usageError{fmt.Errorf("--samples %d: want 1 to 4096", f.samples)}
+			case f.samples < 1 || f.samples > maxManagerSamples:
+				return usageError{fmt.Errorf("--samples %d: want 1 to %d", f.samples, maxManagerSamples)}
 			}
 			return f.run(cmd.Context(), cmd.OutOrStdout())
 		},
@@ -73,11 +89,48 @@ by sampling. Machines that do not follow are passed over for a minute.`,
 	fl.DurationVar(&f.sample, "sample-interval", 5*time.Second, "how long sampled pages are watched")
 	fl.IntVar(&f.samples, "samples", 256, "pages sampled of each machine at a time")
 	fl.Var(&f.budget, "budget", "memory that all machines may have together (default what the host can give)")
+	fl.StringVar(&f.file, "config", "", "YAML file with these settings, and shares, min and max of machines (docs/balloon.md); flags count more")
 	fl.BoolVar(&f.once, "once", false, "decide once and end")
 	fl.BoolVar(&f.dry, "dry-run", false, "change nothing")
 	fl.BoolVar(&f.asJSON, "json", false, "print every decision as a line of JSON")
 	fl.StringVar(&f.record, "record", "", "append every decision to this file, for gondola manager plot")
 	c.AddCommand(plotCommand())
+	return c
+}
+
+// configure takes over what the configuration file says and no flag does.
+func (f *managerFlags) configure(given func(flag string) bool) (err error) {
+	if f.file == "" {
+		return nil
+	}
+	c, err := readManagerConfig(f.file)
+	if errors.Is(err, errConfig) {
+		return usageError{err}
+	}
+	if err != nil {
+		return err
+	}
+	f.config = c
+	for name, take := range map[string]func(){
+		"tax": func() { f.tax = c.tax }, "interval": func() { f.interval = c.interval }, "sample-interval": func() { f.sample = c.sample },
+		"samples": func() { f.samples = c.samples }, "budget": func() { f.budget = c.budget },
+	} {
+		if c.set[name] && !given(name) {
+			take()
+		}
+	}
+	return nil
+}
+
+// policyConfig is the policy's.
+func (f *managerFlags) policyConfig() policy.Config {
+	c := policy.Config{Tax: f.tax, Budget: uint64(f.budget)}
+	if c.Tax == 0 {
+		c.Tax = -1 // the zero value is the default
+	}
+	if f.config != nil {
+		c.Thresholds = f.config.thresholds
+	}
 	return c
 }
 
@@ -128,11 +181,7 @@ func (f *managerFlags) run(ctx context.Context, out io.Writer) error {
 		defer file.Close()
 		rec = file
 	}
-	tax := f.tax
-	if tax == 0 {
-		tax = -1 // the zero value of policy.Config is the default
-	}
-	m := &manager{flags: f, home: home, policy: policy.New(policy.Config{Tax: tax, Budget: uint64(f.budget)}), clients: map[string]*control.Client{}, last: map[string]observed{}}
+	m := &manager{flags: f, home: home, policy: policy.New(f.policyConfig()), clients: map[string]*control.Client{}, last: map[string]observed{}}
 	defer m.close()
 	for {
 		r, err := m.step(ctx)
@@ -212,7 +261,20 @@ type manager struct {
 	last    map[string]observed // what was last known of each machine
 }
 
+// farewellTimeout is how long the manager takes to let paused machines go on.
+const farewellTimeout = 5 * time.Second
+
+// close lets the machines that the manager has paused go on: nobody else would.
 func (m *manager) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), farewellTimeout)
+	defer cancel()
+	if !m.flags.dry {
+		for _, name := range m.policy.Paused() {
+			if err := m.act(ctx, policy.Action{Name: name, Resume: true}); err != nil && !errors.Is(err, control.ErrNotRunning) {
+				fmt.Fprintf(os.Stderr, "gondola: machine %s stays paused: %v; gondola resume %s lets it go on\n", name, err, name)
+			}
+		}
+	}
 	for _, c := range m.clients {
 		c.Close() // the machines go on
 	}
@@ -356,7 +418,7 @@ func (m *manager) observe(ctx context.Context, name string, before observed) (ob
 	if audit {
 		audited = now
 	}
-	p := u.Policy
+	p := m.flags.config.policy(name, u.Policy)
 	x := policy.Machine{
 		Name: name, Shares: p.Shares, Min: max(p.Min, u.Minimum), Max: p.Max, Target: u.Target, Actual: u.Actual, Allocated: u.Allocated,
 		Active: -1, Late: u.Late, Driver: u.Driver, Paused: u.Paused, Cheated: u.Cheated,
@@ -390,6 +452,6 @@ func (m *manager) act(ctx context.Context, a policy.Action) error {
 	case a.Resume:
 		return c.Resume(ctx)
 	}
-	_, err = c.Memory(ctx, control.BalloonRequest{Target: a.Target})
+	_, err = c.Resources(ctx, 0, control.ResourceTarget{Name: revoke.NameMemory, Target: a.Target})
 	return err
 }

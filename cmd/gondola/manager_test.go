@@ -68,7 +68,8 @@ func FuzzRecords(f *testing.F) {
 func TestMemoryCommandsRefuse(t *testing.T) {
 	for _, args := range [][]string{
 		{"manager", "--tax", "1"}, {"manager", "--tax", "-0.1"}, {"manager", "--interval", "1ms"}, {"manager", "--samples", "0"},
-		{"manager", "plot"}, {"manager", "plot", "x", "-o", "x.gif"}, {"manager", "stray"},
+		{"manager", "plot"}, {"cpus"}, {"cpus", "a", "--online", "0"}, {"cpus", "a", "--online", "x"}, {"cpus", "a", "--wait", "2m"}, {"resources"}, {"resources", "a", "cpus"}, {"resources", "a", "disk=1"}, {"resources", "a", "memory=x"},
+		{"manager", "plot", "x", "-o", "x.gif"}, {"manager", "stray"},
 		{"balloon"}, {"balloon", "a", "b"}, {"balloon", "a", "--target", "0"}, {"balloon", "a", "--interval", "1ns"}, {"balloon", "a", "--target", "-5"},
 		{"run", "--shares", "0", "--", "true"}, {"run", "-m", "64M", "--memory-min", "65M", "--", "true"}, {"run", "-m", "64M", "--memory-max", "65M", "--", "true"},
 	} {

@@ -111,21 +111,24 @@ func printMachines(w io.Writer, list []control.Info, asJSON, quiet bool) error {
 		return nil
 	}
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tw, "NAME\tPID\tSTATE\tVCPUS\tMEMORY\tTARGET\tACTUAL\tPSS\tHOST\tUP\tCOMMAND")
+	fmt.Fprintln(tw, "NAME\tPID\tSTATE\tVCPUS\tMEMORY\tTARGET\tACTUAL\tACTIVE\tPSS\tHOST\tUP\tCOMMAND")
 	for _, m := range list {
 		if m.Started == 0 {
-			fmt.Fprintf(tw, "%s\t%d\t%s\t-\t-\t-\t-\t-\t-\t-\t-\n", m.Name, m.PID, m.State)
+			fmt.Fprintf(tw, "%s\t%d\t%s\t-\t-\t-\t-\t-\t-\t-\t-\t-\n", m.Name, m.PID, m.State)
 			continue
 		}
 		mem := memorySize(m.Memory)
-		target, actual, pss := "-", "-", "-"
+		target, actual, active, pss := "-", "-", "-", "-"
 		if m.Use != nil {
 			pss = size(m.Use.PSS)
 			if m.Use.Balloon {
 				target, actual = size(m.Use.Target), size(m.Use.Actual)
 			}
+			if m.Use.Intervals > 0 { // somebody samples it: gondola manager
+				active = size(m.Use.Active)
+			}
 		}
-		fmt.Fprintf(tw, "%s\t%d\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.Name, m.PID, m.State, m.VCPUs, mem.String(), target, actual, pss, orDash(m.Host),
+		fmt.Fprintf(tw, "%s\t%d\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.Name, m.PID, m.State, m.VCPUs, mem.String(), target, actual, active, pss, orDash(m.Host),
 			shortDuration(time.Since(time.Unix(0, m.Started))), orDash(shorten(printable(strings.Join(m.Command, " ")), 40)))
 	}
 	return tw.Flush()

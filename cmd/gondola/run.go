@@ -296,7 +296,7 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	var r *requests
 	if !f.noPorts {
-		r = serveRequests(&cfg, pub.stateKeeper())
+		r = serveRequests(&cfg, pub.stateKeeper(), f.policy())
 		defer r.Close()
 	}
 	moreProcs(f.cpus)

@@ -31,7 +31,7 @@ func TestServiceState(t *testing.T) {
 	a, _ := io.Pipe()
 	r, b := io.Pipe()
 	require.NoError(t, m.Attach("test", a, b))
-	events.requests.Store(&requests{m})
+	events.requests.Store(&requests{Monitor: m})
 	require.NoError(t, client.Do(t.Context(), opServiceState, told, nil))
 	f, err := proto.NewDecoder(r).Next()
 	require.NoError(t, err)

@@ -15,11 +15,13 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gondola-vmm/gondola/balloon/revoke"
 	"github.com/gondola-vmm/gondola/cmd/gondola/agentbin"
 	"github.com/gondola-vmm/gondola/guestagent"
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/vmm"
+	"github.com/gondola-vmm/gondola/vmm/control"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 )
 
@@ -292,7 +294,7 @@ func (f *testExecFlags) inFresh(ctx context.Context, t testRun, copies []initram
 		return err
 	}
 	defer pub.Close()
-	r := serveRequests(&cfg, pub.stateKeeper())
+	r := serveRequests(&cfg, pub.stateKeeper(), control.Policy{Max: revoke.All})
 	defer r.Close()
 	g, err := guest.Start(ctx, cfg)
 	if errors.Is(err, initramfs.ErrDynamic) {

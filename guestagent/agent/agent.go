@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"sync"
 	"syscall"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
@@ -51,13 +52,17 @@ type Config struct {
 	// before it changed that (default /run/gondola/priorities). Recover puts back
 	// what one that was killed has left there.
 	Book string
+	// CPUDir is where the kernel's processors are (default
+	// /sys/devices/system/cpu).
+	CPUDir string
 }
 
 // Agent serves the operations of package proto.
 type Agent struct {
-	cfg   Config
-	sched *scheduling
-	snaps snapshots
+	cfg    Config
+	sched  *scheduling
+	snaps  snapshots
+	cpusMu sync.Mutex // one change at a time
 }
 
 // New returns an agent.
@@ -67,6 +72,9 @@ func New(cfg Config) *Agent {
 	}
 	if len(cfg.Shell) == 0 {
 		cfg.Shell = []string{"/bin/sh"}
+	}
+	if cfg.CPUDir == "" {
+		cfg.CPUDir = "/sys/devices/system/cpu"
 	}
 	if cfg.Reaper == nil {
 		cfg.Reaper = &Reaper{}
@@ -103,6 +111,7 @@ func (a *Agent) Conn(rwc io.ReadWriteCloser) *proto.Conn {
 			proto.OpInfo:     handle(a.info),
 			proto.OpSnapshot: handle(a.snapshot),
 			proto.OpSched:    handle(a.reschedule),
+			proto.OpCPUs:     handle(a.cpus),
 			proto.OpShutdown: a.shutdown,
 		},
 	})

@@ -11,6 +11,7 @@ const (
 	OpInfo     = "info"     // InfoRequest → Info, stream 1 the lists
 	OpSnapshot = "snapshot" // SnapshotRequest → Snapshot, stream 1 what has changed
 	OpSched    = "sched"    // SchedRequest → SchedReply
+	OpCPUs     = "cpus"     // CPURequest → CPUs
 )
 
 // Streams of a request.
@@ -84,6 +85,26 @@ type FileInfo struct {
 type Shutdown struct {
 	How string `cbor:"1,keyasint"` // "poweroff", "reboot" or "halt"
 }
+
+// CPURequest takes processors of the guest offline, or brings them back (S3.9), and
+// asks which there are. Processor 0 and the last one that is online stay.
+type CPURequest struct {
+	// Count is how many shall be online, 0: no matter. The highest go first, and
+	// the lowest come first.
+	Count int `cbor:"1,keyasint,omitempty"`
+	// Off and On are particular ones, before Count.
+	Off []int `cbor:"2,keyasint,omitempty"`
+	On  []int `cbor:"3,keyasint,omitempty"`
+}
+
+// CPUs are the processors of a guest, by number and ascending.
+type CPUs struct {
+	Present []int `cbor:"1,keyasint"`
+	Online  []int `cbor:"2,keyasint"`
+}
+
+// MaxCPU is the highest number of a processor.
+const MaxCPU = 1<<13 - 1
 
 // InfoRequest selects the parts of Info, because each costs the guest time.
 type InfoRequest struct {

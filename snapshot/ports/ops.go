@@ -9,6 +9,8 @@ const (
 	OpHostInfo = "host-info" // no arguments → HostInfo
 	OpList     = "list"      // no arguments → ListResult
 	OpMark     = "mark"      // MarkRequest → MarkResult
+	OpMemory   = "memory"    // ResourceRequest, in bytes → Resource
+	OpCPUs     = "cpus"      // ResourceRequest, a number of processors → Resource
 	OpSave     = "save"      // SaveRequest → State
 	OpRestore  = "restore"   // RestoreRequest → the result of its Op
 	OpTree     = "tree"      // as list
@@ -24,6 +26,32 @@ type HostInfo struct {
 	MemTotal  uint64     `cbor:"4,keyasint"`
 	Load      [3]float64 `cbor:"5,keyasint"` // of the last 1, 5 and 15 minutes
 	CPUs      int        `cbor:"6,keyasint"` // processors that the machine may use
+}
+
+// ResourceRequest asks for another amount of a resource of the machine (S5.12): one
+// of Target, More and Less; none only asks how it stands.
+type ResourceRequest struct {
+	Target uint64 `cbor:"1,keyasint,omitempty"` // what the guest shall have
+	More   uint64 `cbor:"2,keyasint,omitempty"` // than its target now
+	Less   uint64 `cbor:"3,keyasint,omitempty"`
+	// WaitMS is how long the monitor waits for the guest to follow before it
+	// tells how it stands, in milliseconds; at most MaxResourceWait. Later
+	// requests wait as well.
+	WaitMS uint64 `cbor:"4,keyasint,omitempty"`
+}
+
+// MaxResourceWait bounds ResourceRequest.WaitMS, in milliseconds.
+const MaxResourceWait = 10_000
+
+// Resource is what a machine has of a resource, the result of memory and cpus.
+type Resource struct {
+	Configured uint64 `cbor:"1,keyasint"` // the machine was started with it
+	Minimum    uint64 `cbor:"2,keyasint"` // the least and the most that may be asked for
+	Maximum    uint64 `cbor:"3,keyasint"`
+	Target     uint64 `cbor:"4,keyasint"` // what the guest shall have
+	Actual     uint64 `cbor:"5,keyasint"` // what it has, as the host counts
+	Reached    bool   `cbor:"6,keyasint"`
+	Problem    string `cbor:"7,keyasint,omitempty"` // why it does not get there
 }
 
 // State describes a saved state of the machine (S5.9).

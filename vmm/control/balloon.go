@@ -126,15 +126,15 @@ func (s *Server) balloon(c *proto.Call, req *BalloonRequest) (any, error) {
 		return nil, ErrNoBalloon
 	}
 	b := w.Balloon()
+	if req.SampleMS < 0 || req.Samples < 0 || req.Samples > balloon.MaxSamples || req.SampleMS > time.Hour.Milliseconds() {
+		return nil, badRequest(fmt.Errorf("sampling %d pages every %d ms: want at most %d pages, and an hour", req.Samples, req.SampleMS, balloon.MaxSamples))
+	}
 	if req.Target != 0 {
 		if err := b.SetTarget(req.Target); err != nil {
 			return nil, badRequest(err)
 		}
 	}
 	if req.SampleMS != 0 || req.Samples != 0 {
-		if req.SampleMS < 0 || req.Samples < 0 || req.Samples > balloon.MaxSamples || req.SampleMS > time.Hour.Milliseconds() {
-			return nil, badRequest(fmt.Errorf("sampling %d pages every %d ms: want at most %d pages, and an hour", req.Samples, req.SampleMS, balloon.MaxSamples))
-		}
 		want := sampling{req.SampleMS, req.Samples}
 		s.mu.Lock()
 		begin := s.sampling != want

@@ -249,6 +249,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 
 		OpBalloon:    handle(s.balloon),
 		OpCounters:   handle(s.counters),
+		OpResources:  handle(s.resources),
 		OpLimits:     handle(s.limits),
 		OpDiskAttach: handle(s.attachDisk),
 		OpDiskDetach: handle(s.detachDisk),

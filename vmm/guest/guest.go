@@ -163,6 +163,7 @@ type Times struct {
 type Guest struct {
 	vm     *vmm.VM
 	mem    guestMemory
+	res    resources
 	agent  *guestagent.Client
 	con    *console.Device
 	hvc    *console.Port
@@ -303,6 +304,7 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	if err := g.connect(cfg); err != nil {
 		return nil, err
 	}
+	g.openResources(cfg)
 	g.times.Load = time.Since(begin)
 	progress("booting the guest")
 	run, stop := context.WithCancel(context.Background())
@@ -471,6 +473,9 @@ func (g *Guest) Renew() {
 	if g.agent != nil {
 		g.agent.Conn().Anew()
 	}
+	if g.res.cpus != nil {
+		g.res.cpus.Renew()
+	}
 }
 
 // Ready waits until the agent answers. If the guest ends first, or ctx does, the
@@ -581,6 +586,9 @@ func (g *Guest) Close() error {
 			<-g.done
 		}
 		g.mem.stop()
+		if g.res.cpus != nil {
+			g.res.cpus.Close()
+		}
 		var errs []error
 		if g.vm != nil {
 			errs = append(errs, g.vm.Close()) // closes the ports, too

@@ -1,6 +1,7 @@
 package mem
 
 import (
+	"bytes"
 	"fmt"
 	"math"
 	"os"
@@ -639,4 +640,36 @@ func BenchmarkNew(b *testing.B) {
 		}
 		_ = m.Unmap()
 	}
+}
+
+// Holes are told from pages, and looking fills none.
+func TestParts(t *testing.T) {
+	m, err := New(16<<20, Options{})
+	require.NoError(t, err)
+	defer m.Close()
+	page := bytes.Repeat([]byte{1}, PageSize)
+	for _, n := range []Addr{0, 1, 5, 256, 300, 4095} {
+		require.NoError(t, m.WriteAt(page, n*PageSize))
+	}
+	had, err := m.Allocated()
+	require.NoError(t, err)
+	var data, last Addr
+	require.NoError(t, m.Parts(0, 16<<20, func(r Range, hole bool) error {
+		require.Equal(t, last, r.Start, "nothing is left out")
+		require.NotZero(t, r.Size)
+		last += Addr(r.Size)
+		if !hole {
+			for a := r.Start; a < last; a += PageSize {
+				data += a / PageSize
+			}
+		}
+		return nil
+	}))
+	assert.EqualValues(t, 16<<20, last)
+	assert.EqualValues(t, 0+1+5+256+300+4095, data, "those pages and no others")
+	now, err := m.Allocated()
+	require.NoError(t, err)
+	assert.Equal(t, had, now)
+	require.ErrorIs(t, m.Parts(1, PageSize, nil), ErrMisaligned)
+	require.ErrorIs(t, m.Parts(16<<20, PageSize, nil), ErrOutOfRange)
 }

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -41,6 +43,9 @@ Saves and restores this machine from inside, and tells what became of it.
   delete NAME
   mark DURATION [--why TEXT]               be time-critical for a while; 0: no more
   host-info                                what the host has left
+  memory [SIZE|+SIZE|-SIZE]                how much memory this machine has; have
+                                           another amount, more or less (K, M, G)
+  cpus [N|+N|-N]                           the same for processors
   ping
   call OP [--args JSON]                    any operation, also of later versions
 
@@ -52,8 +57,8 @@ A request returns at once and prints its id; its outcome is an event.
 
   --wait[=TIMEOUT]     wait for the outcome (default 60s, 0: for ever). After a
                        restore, who waits is the command of the saved state: it
-                       prints "restored". list, tree, host-info, and describe
-                       without changes always wait.
+                       prints "restored". list, tree, host-info, memory, cpus,
+                       and describe without changes always wait.
   --data STRING, --data-file FILE, --to NAME
                        data that whoever listens under NAME gets with the
                        outcome, in the restored state if there is one
@@ -194,12 +199,17 @@ var commands = map[string]struct {
 	"delete":    {1, request},
 	"mark":      {1, "why " + request},
 	"host-info": {0, request},
+	"memory":    {optional, request},
+	"cpus":      {optional, request},
 	"ping":      {0, request},
 	"call":      {1, "args " + request},
 	"watch":     {0, "name count"},
 	"listen":    {1, "count"},
 	"status":    {0, ""},
 }
+
+// optional is one argument, or none.
+const optional = -1
 
 const request = "wait data data-file to principal secret-file"
 
@@ -223,6 +233,15 @@ func (c *command) parse(args []string) error {
 	}
 	fs.Var(&c.tags, "tag", "")
 	fs.IntVar(&c.count, "count", 0, "")
+	// "memory -64M": no option has a digit as its name.
+	var less []string
+	for i := 1; i < len(args); i++ {
+		if a := args[i]; len(a) > 1 && a[0] == '-' && a[1] >= '0' && a[1] <= '9' && !strings.HasPrefix(args[i-1], "-") {
+			less = append(less, a)
+			args = slices.Concat(args[:i], args[i+1:])
+			i--
+		}
+	}
 	for {
 		if err := fs.Parse(args); err != nil {
 			if errors.Is(err, flag.ErrHelp) {
@@ -236,6 +255,7 @@ func (c *command) parse(args []string) error {
 		c.args = append(c.args, args[0])
 		args = args[1:]
 	}
+	c.args = append(c.args, less...)
 	if len(c.args) == 0 {
 		return wrong("which command?")
 	}
@@ -246,6 +266,11 @@ func (c *command) parse(args []string) error {
 	cmd, ok := commands[c.name]
 	if !ok {
 		return wrong("no command %q", c.name)
+	}
+	if n := len(c.args); cmd.args == optional && n > 1 {
+		return wrong("%s takes one argument or none, not %d", c.name, n)
+	} else if cmd.args == optional {
+		cmd.args = n
 	}
 	if len(c.args) != cmd.args || c.name != "listen" && c.rest != nil {
 		return wrong("%s takes %d argument(s), not %d", c.name, cmd.args, len(c.args)+len(c.rest))
@@ -384,11 +409,45 @@ func (c *command) request() (r vmstate.Request, show func(vmstate.Event) error, 
 		r.Op, show = ports.OpList, c.showTree
 	case "host-info":
 		show = c.showHost
+	case "memory", "cpus":
+		q := ports.ResourceRequest{}
+		if len(c.args) > 0 {
+			if q, err = c.amount(c.args[0]); err != nil {
+				return r, nil, err
+			}
+		}
+		r.Args, show = q, c.showResource
 	}
 	if r.Op == "" || len(r.Op) > ports.MaxOp {
 		return r, nil, wrong("the operation's name has %d bytes; 1 to %d it is", len(r.Op), ports.MaxOp)
 	}
 	return r, show, nil
+}
+
+// followTime is how long memory and cpus let the monitor wait for this guest's kernel.
+const followTime = 5 * time.Second
+
+// amount reads N, +N or -N, of memory with a unit.
+func (c *command) amount(s string) (q ports.ResourceRequest, err error) {
+	to, digits := &q.Target, s
+	if d, ok := strings.CutPrefix(s, "+"); ok {
+		to, digits = &q.More, d
+	} else if d, ok := strings.CutPrefix(s, "-"); ok {
+		to, digits = &q.Less, d
+	}
+	shift := 0
+	if c.name == "memory" && digits != "" {
+		if i := strings.IndexByte("KMGT", digits[len(digits)-1]&^0x20); i >= 0 {
+			digits, shift = digits[:len(digits)-1], 10*(i+1)
+		}
+	}
+	n, err := strconv.ParseUint(digits, 10, 64)
+	if err != nil || n == 0 || n<<shift>>shift != n {
+		return q, wrong("%s %q: want a number, + and a number for more, or - for less; of memory with K, M or G behind it", c.name, s)
+	}
+	*to = n << shift
+	q.WaitMS = uint64(followTime.Milliseconds())
+	return q, nil
 }
 
 // credentials are those of the options or the environment.

@@ -52,8 +52,15 @@ func (oneUser) Verify(name, secret string) (auth.Principal, error) {
 	if name != "me" || secret != "s3cret" {
 		return auth.Principal{}, auth.ErrDenied
 	}
-	return auth.Principal{Name: name, Allow: []string{"host-info", "list", "mark", "save", "restore", "describe", "echo"}}, nil
+	return auth.Principal{Name: name, Allow: []string{"host-info", "list", "mark", "save", "restore", "describe", "echo", "memory", "cpus"}}, nil
 }
+
+// resource is at once what it shall be.
+type resource struct{ ports.Resource }
+
+func (r *resource) Look() ports.Resource { return r.Resource }
+func (r *resource) Set(n uint64) error   { r.Target, r.Actual = n, n; return nil }
+func (r *resource) Wait(context.Context) {}
 
 type states []ports.State
 
@@ -73,6 +80,12 @@ func newSocket(t *testing.T) (string, *service.Service) {
 				{Name: "round", Parent: "circle"}, {Name: "circle", Parent: "round"},
 			}),
 			ports.OpMark: service.MarkOp(&service.Marks{}),
+			ports.OpMemory: service.ResourceOp(func(context.Context) (service.Resource, error) {
+				return &resource{ports.Resource{Configured: 512 << 20, Minimum: 64 << 20, Maximum: 256 << 20, Target: 128 << 20, Actual: 128 << 20, Reached: true}}, nil
+			}),
+			ports.OpCPUs: service.ResourceOp(func(context.Context) (service.Resource, error) {
+				return &resource{ports.Resource{Configured: 4, Minimum: 1, Maximum: 4, Target: 2, Actual: 3, Problem: "busy\x1b"}}, nil
+			}),
 			ports.OpSave: func(_ context.Context, c *service.Call) (any, error) {
 				var a ports.SaveRequest
 				if err := c.Arguments(&a); err != nil {
@@ -168,6 +181,20 @@ func TestCommands(t *testing.T) {
 		{"ping --count 3", 2, ``, `.*no option --count.*\n`},
 		{"ping --data x", 2, ``, `.*data for whom.*\n`},
 		{"ping --wait=soon", 2, ``, `.*no duration.*\n`},
+		{"memory", 0, `128.0 MiB of 512.0 MiB, target 128.0 MiB, 64.0 MiB to 256.0 MiB may be asked for\n`, ``},
+		{"memory 64M", 0, `64.0 MiB of .*\n`, ``},
+		{"memory +32m", 0, `160.0 MiB of .*\n`, ``},
+		{"memory --json -- ", 2, ``, `.*\n`},
+		{"memory -32M --json", 0, `.*"target":100663296,.*\n`, ``},
+		{"memory -1G", 1, ``, `.*not between.*\n`},
+		{"memory +1G", 1, ``, `.*another start.*\n`},
+		{"memory 63M", 1, ``, `.*not between.*\n`},
+		{"memory 0", 2, ``, `.*want a number.*\n`},
+		{"memory 99999999999999T", 2, ``, `.*want a number.*\n`},
+		{"memory 1 2", 2, ``, `.*one argument or none.*\n`},
+		{"cpus", 0, `3 of 4, target 2, 1 to 4 may be asked for, busy\?\n`, ``},
+		{"cpus 1 --json", 0, `\{"configured":4,"minimum":1,"maximum":4,"target":1,"actual":1,"reached":false,"problem":"busy.*"\}\n`, ``},
+		{"cpus 1M", 2, ``, `.*\n`},
 		{"mark -1s", 2, ``, `.*\n`},
 		{"mark soon", 2, ``, `.*no duration.*\n`},
 		{"call x --args {", 2, ``, `.*--args: not JSON.*\n`},

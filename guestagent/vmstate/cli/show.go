@@ -67,6 +67,39 @@ func (c *command) showHost(e vmstate.Event) error {
 	return err
 }
 
+func resourceJSON(r ports.Resource) object {
+	o := object{
+		{"configured", r.Configured}, {"minimum", r.Minimum}, {"maximum", r.Maximum}, {"target", r.Target}, {"actual", r.Actual}, {"reached", r.Reached},
+	}
+	if r.Problem != "" {
+		o = append(o, member{"problem", r.Problem})
+	}
+	return o
+}
+
+func (c *command) showResource(e vmstate.Event) error {
+	var r ports.Resource
+	if err := e.Decode(&r); err != nil {
+		return err
+	}
+	if c.json {
+		return c.print(resourceJSON(r))
+	}
+	text := size
+	if e.Op == ports.OpCPUs {
+		text = func(n uint64) string { return strconv.FormatUint(n, 10) }
+	}
+	state := ""
+	switch {
+	case r.Problem != "":
+		state = ", " + clean(r.Problem)
+	case !r.Reached:
+		state = ", on its way"
+	}
+	_, err := fmt.Fprintf(c.stdout, "%s of %s, target %s, %s to %s may be asked for%s\n", text(r.Actual), text(r.Configured), text(r.Target), text(r.Minimum), text(r.Maximum), state)
+	return err
+}
+
 func when(ms int64) string {
 	if ms == 0 {
 		return "-"
@@ -252,6 +285,11 @@ func resultJSON(e vmstate.Event) any {
 		var l ports.ListResult
 		if e.Decode(&l) == nil {
 			return listJSON(l)
+		}
+	case ports.OpMemory, ports.OpCPUs:
+		var r ports.Resource
+		if e.Decode(&r) == nil {
+			return resourceJSON(r)
 		}
 	case ports.OpMark:
 		var m ports.MarkResult

@@ -1,0 +1,94 @@
+package guest_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/gondola-vmm/gondola/balloon"
+	"github.com/gondola-vmm/gondola/vmm/guest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+)
+
+// hungry reads 72 MiB of a file in memory eight times, and computes something in
+// between: what a guest of 128 MiB has room for, and little more.
+const hungry = `i=0; while [ $i -lt 8 ]; do dd if=/mnt/x of=/dev/null bs=64k 2>/dev/null; head -c 1000000 /mnt/x | sha256sum >/dev/null; i=$((i+1)); done`
+
+const fillHungry = "mkdir -p /mnt && mount -t tmpfs -o size=120m none /mnt && dd if=/dev/zero of=/mnt/x bs=1M count=72 2>/dev/null"
+
+// BenchmarkBalloonSlowdown is what a program that needs most of 128 MiB takes longer
+// in a guest that a balloon has made that small than in one that was started so:
+// guests of 512 and 128 MiB by turns (goal ≤ 1.4 %).
+func BenchmarkBalloonSlowdown(b *testing.B) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	defer cancel()
+	small := vmmtest.Boot(b, guest.Config{Name: "small", Memory: 128 * mib})
+	big := vmmtest.Boot(b, guest.Config{Name: "ballooned", Memory: 512 * mib})
+	require.NoError(b, big.Balloon().SetTarget(128*mib))
+	_, err := big.Balloon().Wait(ctx)
+	require.NoError(b, err)
+	run := func(g *vmmtest.Guest, script string) time.Duration {
+		begin := time.Now()
+		g.Sh(b, script)
+		return time.Since(begin)
+	}
+	for _, g := range []*vmmtest.Guest{small, big} {
+		run(g, fillHungry)
+		run(g, hungry) // once, for what comes with the first time
+	}
+	var alone, ballooned time.Duration
+	for b.Loop() {
+		alone += run(small, hungry)
+		ballooned += run(big, hungry)
+	}
+	s := big.Balloon().Status()
+	b.ReportMetric(100*(ballooned.Seconds()/alone.Seconds()-1), "slowdown-%")
+	b.ReportMetric(float64(s.Actual)/mib, "actual-MiB")
+	b.ReportMetric(alone.Seconds()/float64(b.N), "alone-s")
+}
+
+// BenchmarkBalloonReturn is what inflating by 160 of 256 MiB gives the host, of pages
+// that all had memory, against what was asked for (goal 100 % ± 1 %), and how long it
+// is from the target to the first page and to the last.
+func BenchmarkBalloonReturn(b *testing.B) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	g := vmmtest.Boot(b, guest.Config{Name: "return", Memory: 256 * mib, Balloon: balloon.Config{NoReporting: true}})
+	all := make([]byte, 256*mib)
+	var asked, returned uint64
+	var first, last, back time.Duration
+	for b.Loop() {
+		require.NoError(b, g.VM().Memory().ReadAt(all, 0)) // every page has memory now
+		before, err := g.Usage()
+		require.NoError(b, err)
+		begin := time.Now()
+		require.NoError(b, g.Balloon().SetTarget(96*mib))
+		for {
+			s, changed := g.Balloon().Changed()
+			if s.Balloon > 0 {
+				break
+			}
+			<-changed
+		}
+		first += time.Since(begin)
+		_, err = g.Balloon().Wait(ctx)
+		require.NoError(b, err)
+		last += time.Since(begin)
+		after, err := g.Usage()
+		require.NoError(b, err)
+		asked, returned = asked+160*mib, returned+before.PSS-after.PSS
+		begin = time.Now()
+		require.NoError(b, g.Balloon().SetTarget(256*mib))
+		_, err = g.Balloon().Wait(ctx)
+		require.NoError(b, err)
+		back += time.Since(begin)
+	}
+	n := float64(b.N)
+	b.ReportMetric(100*float64(returned)/float64(asked), "returned-%")
+	b.ReportMetric(first.Seconds()*1e3/n, "first-ms")
+	b.ReportMetric(last.Seconds()*1e3/n, "target-ms")
+	b.ReportMetric(n*160/1024/last.Seconds(), "inflate-GiB/s")
+	b.ReportMetric(n*160/1024/back.Seconds(), "deflate-GiB/s")
+}
