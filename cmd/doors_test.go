@@ -24,6 +24,7 @@ const module = "github.com/gondola-vmm/gondola/"
 var doors = map[string][]string{
 	"vmm/kvm":              {},
 	"vmm/mem":              {},
+	"vmm/bytesize":         {},
 	"vmm/emul":             {"vmm/mem"},
 	"vmm":                  {"vmm/...", "devices/...", "firmware"},
 	"vmm/guest":            {"vmm", "vmm/mem", "balloon", "devices/...", "firmware", "firmware/guestkernel", "guestagent/..."},
@@ -45,6 +46,7 @@ var doors = map[string][]string{
 	"snapshot/monitor":     {"snapshot/auth", "snapshot/service"},
 	"snapshot/store":       {"vmm/mem"},
 	"scheduler":            {"scheduler/..."},
+	"scheduler/fleet":      {"vmm/bytesize"},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},
 }
