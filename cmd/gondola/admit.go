@@ -11,7 +11,7 @@ import (
 
 // policy is the machine's part in the division of the host's memory.
 func (f *runFlags) policy() control.Policy {
-	p := control.Policy{Shares: f.shares, Min: uint64(f.memoryMin), Max: uint64(f.memoryMax)}
+	p := control.Policy{Shares: f.shares, Min: uint64(f.memoryMin), Max: uint64(f.memoryMax), TimeCritical: f.timeCritical}
 	if p.Min == 0 {
 		p.Min = uint64(f.memory) / 2
 	}

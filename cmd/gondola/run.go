@@ -47,14 +47,30 @@ type runFlags struct {
 	noBalloon                     bool
 	shares                        uint64
 	memoryMin, memoryMax          memorySize
+	timeCritical                  bool
+	labels                        []string
 	commandFlags
 }
 
 // debugTopics are the values of --debug.
 var debugTopics = []string{"exits", "cmdline", "times", "log"}
 
-func runCommand() *cobra.Command {
-	f := runFlags{memory: vmm.DefaultMemory}
+func runCommand() *cobra.Command { return newRunCommand(&runFlags{}) }
+
+// parseRun reads the arguments of gondola run into a configuration.
+func parseRun(args []string) (*runFlags, guest.Config, error) {
+	f := &runFlags{}
+	c := newRunCommand(f)
+	if err := c.ParseFlags(args); err != nil {
+		return nil, guest.Config{}, usageError{err}
+	}
+	f.named = c.Flags().Changed("name")
+	cfg, err := f.config(c.Flags().Args())
+	return f, cfg, err
+}
+
+func newRunCommand(f *runFlags) *cobra.Command {
+	f.memory = vmm.DefaultMemory
 	c := &cobra.Command{
 		Use:   "run [flags] [-- COMMAND [ARG…]]",
 		Short: "Boot a fresh guest and run a command or a shell in it",
@@ -122,6 +138,8 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.Uint64Var(&f.shares, "shares", control.DefaultShares, "part in the division of the host's memory (gondola manager)")
 	fl.Var(&f.memoryMin, "memory-min", "memory that is never taken, and must be there for a start (default half of it)")
 	fl.Var(&f.memoryMax, "memory-max", "memory that the manager gives at most (default all of it)")
+	fl.BoolVar(&f.timeCritical, "time-critical", false, "mark the machine for the scheduler: it runs as soon as it has something to do")
+	fl.StringArrayVar(&f.labels, "label", nil, "label the machine NAME=VALUE, for gondola ps --json, top and metrics (repeatable)")
 	fl.DurationVar(&f.timeout, "timeout", 0, "end the machine after this time, with exit code 124")
 	fl.StringSliceVar(&f.debug, "debug", nil, "at the end, show: "+strings.Join(debugTopics, ", "))
 	choices := func(name string, vs ...string) {
@@ -205,6 +223,9 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 	if err := f.check(); err != nil {
 		return cfg, err
 	}
+	if err := f.checkLabels(); err != nil {
+		return cfg, err
+	}
 	if err := control.CheckName(f.name); err != nil {
 		return cfg, usageError{fmt.Errorf("--name: %w", err)}
 	}
@@ -239,7 +260,12 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	bg := inherited()
 	if f.detach && bg == nil {
-		return detach(ctx, f.quiet)
+		home, err := openHome()
+		if err != nil {
+			return err
+		}
+		defer home.Close()
+		return detach(ctx, home.Path(), "the machine", f.quiet)
 	}
 	if f.timeout > 0 {
 		var cancel context.CancelFunc
@@ -260,34 +286,63 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	// The window of a terminal is known before the guest is.
 	cfg.Rows, cfg.Cols, _ = term.Size(os.Stdin)
-	pub, err := publish(&cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt, policy: f.policy()})
-	if err != nil {
-		return err
-	}
-	defer pub.Close()
-	if err := admit(ctx, cfg.Name, f.policy()); err != nil {
-		return err
-	}
-	var r *requests
-	if !f.noPorts {
-		r = serveRequests(&cfg, pub.stateKeeper())
-		defer r.Close()
-	}
-	g, err := guest.Start(ctx, cfg)
+	m, err := f.start(ctx, &cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt})
 	if err != nil {
 		return f.cause(ctx, err)
 	}
-	if err = r.attach(g); err == nil {
-		pub.attach(g, r)
-		err = f.session(ctx, g, cfg, sigs, p, bg)
-	}
+	defer m.pub.Close()
+	err = f.session(ctx, m.guest, cfg, sigs, p, bg)
 	p.done()
-	r.Close() // while what it asks for is still there
-	if cerr := g.Close(); err == nil {
+	if cerr := m.end(); err == nil {
 		err = cerr
 	}
-	f.report(g)
+	f.report(m.guest)
 	return f.cause(ctx, err)
+}
+
+// started is a machine that others can see, with its request service.
+type started struct {
+	pub      *published
+	requests *requests
+	guest    *guest.Guest
+}
+
+// start makes a machine known and lets it run.
+func (f *runFlags) start(ctx context.Context, cfg *guest.Config, p publication) (_ *started, err error) {
+	p.policy, p.labels = f.policy(), labels(f.labels)
+	m := &started{}
+	if m.pub, err = publish(cfg, p); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.end())
+			m.pub.Close()
+		}
+	}()
+	if err := admit(ctx, cfg.Name, p.policy); err != nil {
+		return nil, err
+	}
+	if !f.noPorts {
+		m.requests = serveRequests(cfg, m.pub.stateKeeper())
+	}
+	if m.guest, err = guest.Start(ctx, *cfg); err != nil {
+		return nil, err
+	}
+	if err := m.requests.attach(m.guest); err != nil {
+		return nil, err
+	}
+	m.pub.attach(m.guest, m.requests)
+	return m, nil
+}
+
+// end ends the machine; its name is still its own.
+func (m *started) end() error {
+	m.requests.Close() // while what it asks for is still there
+	if m.guest == nil {
+		return nil
+	}
+	return m.guest.Close()
 }
 
 // cause turns the error of an interrupted run into what interrupted it.

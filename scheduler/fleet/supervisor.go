@@ -10,9 +10,12 @@ import (
 
 // Runner starts machines.
 type Runner interface {
-	// Start starts a machine, or finds the one of this description that runs
-	// already. It returns when there is something to stop, and at once when ctx
-	// ends.
+	// Find returns the machine of this description that runs already, which an
+	// earlier supervisor has left; nil if there is none. What it left under this
+	// name and is of another description is ended.
+	Find(ctx context.Context, m Machine) (Running, error)
+	// Start starts a machine. It returns when there is something to stop, and
+	// at once when ctx ends.
 	Start(ctx context.Context, m Machine) (Running, error)
 }
 
@@ -66,6 +69,8 @@ type Status struct {
 	Last      *Outcome   `json:"last_end,omitempty"`
 	Note      string     `json:"note,omitempty"`
 	After     []string   `json:"after,omitempty"`
+	// Blocked: it waits for a machine that will not become ready.
+	Blocked bool `json:"blocked,omitempty"`
 }
 
 // Event is a change of a machine's state.
@@ -320,7 +325,7 @@ func (u *unit) running() (Running, Machine) {
 func (u *unit) set(state State, text string, change func(*Status)) {
 	u.s.mu.Lock()
 	u.status.State, u.status.Since = state, time.Now()
-	u.status.NextStart, u.status.Note = nil, ""
+	u.status.NextStart, u.status.Note, u.status.Blocked = nil, "", false
 	if change != nil {
 		change(&u.status)
 	}
@@ -333,15 +338,21 @@ func (u *unit) set(state State, text string, change func(*Status)) {
 // live is a machine's life until it is stopped or over for good.
 func (u *unit) live(ctx context.Context) {
 	defer close(u.over)
-	for {
-		if !u.await(ctx) {
-			u.set(Stopped, "stopped", nil)
-			return
-		}
-		u.set(Starting, "starting", nil)
+	// One that runs is looked after at once, whatever it once waited for.
+	_, m := u.running()
+	run, err := u.s.runner.Find(ctx, m)
+	for ; ; run, err = nil, nil {
 		begin := time.Now()
-		_, m := u.running()
-		run, err := u.s.runner.Start(ctx, m)
+		if run == nil || err != nil {
+			if !u.await(ctx) {
+				u.set(Stopped, "stopped", nil)
+				return
+			}
+			u.set(Starting, "starting", nil)
+			begin = time.Now()
+			_, m = u.running()
+			run, err = u.s.runner.Start(ctx, m)
+		}
 		var o Outcome
 		if err != nil {
 			if ctx.Err() != nil {
@@ -424,7 +435,7 @@ func (u *unit) await(ctx context.Context) bool {
 		}
 		if note != said {
 			said = note
-			u.set(Waiting, note, func(s *Status) { s.Note = note })
+			u.set(Waiting, note, func(s *Status) { s.Note, s.Blocked = note, blocked != "" })
 			continue
 		}
 		select {

@@ -23,6 +23,7 @@ type fakes struct {
 	running map[string]*fake
 	behave  func(m Machine, start int) behaviour // nil: ready after a second, no end
 	starts  map[string]int
+	left    map[string]bool // by an earlier supervisor
 }
 
 type behaviour struct {
@@ -45,17 +46,31 @@ type fake struct {
 	tuned       []Machine
 }
 
+func newFakes(behave func(m Machine, start int) behaviour) *fakes {
+	return &fakes{behave: behave, running: map[string]*fake{}, starts: map[string]int{}}
+}
+
 func (f *fakes) say(format string, a ...any) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.log = append(f.log, fmt.Sprintf(format, a...))
 }
 
+// Find finds machines that are left over.
+func (f *fakes) Find(_ context.Context, m Machine) (Running, error) {
+	if !f.left[m.Name] {
+		return nil, nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r := &fake{f: f, name: m.Name, b: behaviour{found: true}, ready: make(chan struct{}), done: make(chan struct{})}
+	close(r.ready)
+	f.running[m.Name] = r
+	return r, nil
+}
+
 func (f *fakes) Start(ctx context.Context, m Machine) (Running, error) {
 	f.mu.Lock()
-	if f.running == nil {
-		f.running, f.starts = map[string]*fake{}, map[string]int{}
-	}
 	f.starts[m.Name]++
 	b := behaviour{}
 	if f.behave != nil {
@@ -150,10 +165,33 @@ func reload(t *testing.T, s *Supervisor, f *Fleet, revive bool) string {
 	return strings.Join(words, ", ")
 }
 
+// A supervisor finds what an earlier one has left at once, also what it would not
+// start yet, and stops it with the others.
+func TestFind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakes(func(Machine, int) behaviour { return behaviour{ready: time.Hour} })
+		f.left = map[string]bool{"app": true}
+		var texts []string
+		var mu sync.Mutex
+		s := NewSupervisor(f, func(e Event) {
+			mu.Lock()
+			defer mu.Unlock()
+			texts = append(texts, e.Status.Name+": "+e.Text)
+		})
+		reload(t, s, fleetOf(t, "machines: {db: , app: {after: db}, web: {after: app}}"), false)
+		synctest.Wait()
+		assert.Equal(t, "db starting, app running, web starting", states(s))
+		assert.Contains(t, texts, "app: found running, process 7")
+		s.Stop(t.Context())
+		assert.Empty(t, f.running)
+		assert.Equal(t, 0, f.starts["app"])
+	})
+}
+
 // Machines start when those they need are ready, and stop the other way.
 func TestOrderOfStartAndStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := &fakes{}
+		f := newFakes(nil)
 		s := NewSupervisor(f, nil)
 		begin := time.Now()
 		reload(t, s, fleetOf(t, "machines: {web: {after: [app]}, app: {after: db}, db: , side: }"), false)
@@ -177,7 +215,7 @@ func TestRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var at []time.Duration
 		begin := time.Now()
-		f := &fakes{behave: func(m Machine, start int) behaviour {
+		f := newFakes(func(m Machine, start int) behaviour {
 			at = append(at, time.Since(begin).Round(time.Second))
 			switch {
 			case start == 4: // runs long
@@ -186,7 +224,7 @@ func TestRestart(t *testing.T) {
 				return behaviour{fail: errors.New("no kernel")}
 			}
 			return behaviour{end: time.Nanosecond, ready: -1, outcome: Outcome{Code: 1, Known: true}}
-		}}
+		})
 		var events []Event
 		s := NewSupervisor(f, func(e Event) { events = append(events, e) })
 		reload(t, s, fleetOf(t, "machines: {a: {restart: {policy: on-failure, back-off: 1s, back-off-max: 3s, max: 4}}}"), false)
@@ -237,12 +275,12 @@ func TestRestartPolicies(t *testing.T) {
 func TestBlocked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		broken := true
-		f := &fakes{behave: func(m Machine, _ int) behaviour {
+		f := newFakes(func(m Machine, _ int) behaviour {
 			if m.Name == "db" && broken {
 				return behaviour{end: time.Millisecond, ready: -1, outcome: Outcome{Code: 1, Known: true}}
 			}
 			return behaviour{}
-		}}
+		})
 		s := NewSupervisor(f, nil)
 		fl := fleetOf(t, "machines: {db: , app: {after: db}, web: {after: app}}")
 		reload(t, s, fl, false)
@@ -262,12 +300,12 @@ func TestBlocked(t *testing.T) {
 // A command that is done before its machine was seen ready has done its work.
 func TestQuickJob(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := &fakes{behave: func(m Machine, _ int) behaviour {
+		f := newFakes(func(m Machine, _ int) behaviour {
 			if m.Name == "job" {
 				return behaviour{ready: -1, end: time.Millisecond, outcome: Outcome{Known: true}}
 			}
 			return behaviour{}
-		}}
+		})
 		s := NewSupervisor(f, nil)
 		reload(t, s, fleetOf(t, "machines: {job: , app: {after: job}}"), false)
 		require.NoError(t, s.WaitReady(t.Context()))
@@ -279,7 +317,7 @@ func TestQuickJob(t *testing.T) {
 // A reload does what the difference asks for and touches nothing else.
 func TestReload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := &fakes{}
+		f := newFakes(nil)
 		s := NewSupervisor(f, nil)
 		reload(t, s, fleetOf(t, "machines: {a: , b: {vcpus: 1}, c: {shares: 100}, d: , e: {restart: never}}"), false)
 		require.NoError(t, s.WaitReady(t.Context()))
@@ -304,12 +342,12 @@ func TestReload(t *testing.T) {
 // ends at once.
 func TestStopInsists(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := &fakes{behave: func(m Machine, _ int) behaviour {
+		f := newFakes(func(m Machine, _ int) behaviour {
 			if m.Name == "stuck" {
 				return behaviour{stopFail: errors.New("it does not end")}
 			}
 			return behaviour{deaf: true, ready: -1}
-		}}
+		})
 		s := NewSupervisor(f, nil)
 		reload(t, s, fleetOf(t, "machines: {a: {stop-timeout: 1h}, b: {after: a}, stuck: }"), false)
 		synctest.Wait()
@@ -329,7 +367,7 @@ func TestSupervisorAtRandom(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 1))
 			var mu sync.Mutex
-			f := &fakes{behave: func(Machine, int) behaviour {
+			f := newFakes(func(Machine, int) behaviour {
 				mu.Lock()
 				defer mu.Unlock()
 				b := behaviour{ready: time.Duration(r.IntN(5000)+1) * time.Millisecond, outcome: Outcome{Known: r.IntN(2) == 0, Code: r.IntN(2)}, deaf: r.IntN(4) == 0}
@@ -340,7 +378,7 @@ func TestSupervisorAtRandom(t *testing.T) {
 					b.fail = errors.New("bad luck")
 				}
 				return b
-			}}
+			})
 			s := NewSupervisor(f, func(Event) {})
 			for range 20 {
 				text := "machines:\n"

@@ -28,6 +28,8 @@ const (
 	OpPause  = "machine.pause"  // no arguments, empty reply
 	OpResume = "machine.resume" // no arguments, empty reply
 
+	OpPolicy = "machine.policy" // Policy → Policy: what holds then; zeros stay as they are
+
 	OpLimits     = "machine.limits"      // LimitsRequest → []iostat.Info
 	OpDiskAttach = "machine.disk.attach" // Disk → DiskAttached
 	OpDiskDetach = "machine.disk.detach" // DiskDetach, empty reply
@@ -64,6 +66,9 @@ type Info struct {
 	Use *Memory `cbor:"40,keyasint,omitempty" json:"memory_use,omitempty"`
 	// Policy is its part in the division of the host's memory (gondola manager).
 	Policy Policy `cbor:"41,keyasint,omitempty" json:"memory_policy"`
+	// Labels are the words of who started it, for those who look after many
+	// machines (gondola run --label).
+	Labels map[string]string `cbor:"42,keyasint,omitempty" json:"labels,omitempty"`
 	// Devices are the disks and networks with their counters.
 	Devices []iostat.Info `cbor:"14,keyasint,omitempty" json:"devices,omitempty"`
 }
@@ -142,11 +147,13 @@ type LogsRequest struct {
 	Follow bool `cbor:"1,keyasint,omitempty"` // and what comes, until the machine's end
 }
 
-// Policy is a machine's part in the division of the host's memory.
+// Policy is a machine's part in the division of the host's resources.
 type Policy struct {
 	Shares uint64 `cbor:"1,keyasint,omitempty" json:"shares"`    // 0 is DefaultShares
 	Min    uint64 `cbor:"2,keyasint,omitempty" json:"min_bytes"` // never taken; 0: see DefaultMin
 	Max    uint64 `cbor:"3,keyasint,omitempty" json:"max_bytes"` // never given more; 0 is all it was configured with
+	// TimeCritical: the host's configuration marks it, for the scheduler.
+	TimeCritical bool `cbor:"4,keyasint,omitempty" json:"time_critical,omitempty"`
 }
 
 // DefaultShares of a machine.

@@ -242,6 +242,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		OpPause:  handle(s.pause),
 		OpResume: handle(s.resume),
 
+		OpPolicy:     handle(s.policy),
 		OpBalloon:    handle(s.balloon),
 		OpLimits:     handle(s.limits),
 		OpDiskAttach: handle(s.attachDisk),
@@ -328,8 +329,8 @@ func fail(c *proto.Call, err error) {
 }
 
 func (s *Server) info(*proto.Call, *struct{}) (any, error) {
-	info := s.cfg.Info
 	s.mu.Lock()
+	info := s.cfg.Info
 	info.Clients = len(s.clients)
 	paused, stopping := s.paused, s.stopping > 0
 	s.mu.Unlock()
@@ -348,6 +349,23 @@ func (s *Server) info(*proto.Call, *struct{}) (any, error) {
 		info.State = StateStopping
 	}
 	return info, nil
+}
+
+// policy performs OpPolicy. What the bounds make of the memory is the manager's to
+// see to; the device's own minimum stays.
+func (s *Server) policy(_ *proto.Call, req *Policy) (any, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := &s.cfg.Info.Policy
+	next := Policy{
+		Shares: cmp.Or(req.Shares, p.Shares), Min: cmp.Or(req.Min, p.Min), Max: cmp.Or(req.Max, p.Max),
+		TimeCritical: p.TimeCritical,
+	}
+	if memory := s.cfg.Info.Memory; next.Min > cmp.Or(next.Max, memory) || next.Max > memory {
+		return nil, badRequest(fmt.Errorf("at least %d and at most %d bytes for a machine of %d: want minimum ≤ maximum ≤ its memory", next.Min, next.Max, memory))
+	}
+	*p = next
+	return next, nil
 }
 
 // state is that of an attached machine.
