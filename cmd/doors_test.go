@@ -45,8 +45,11 @@ var doors = map[string][]string{
 	"snapshot/service":     {"snapshot/auth", "snapshot/ports", "guestagent/proto"},
 	"snapshot/monitor":     {"snapshot/auth", "snapshot/service"},
 	"snapshot/store":       {"vmm/mem"},
-	"scheduler":            {"scheduler/..."},
+	"scheduler":            {},
 	"scheduler/fleet":      {"vmm/bytesize"},
+	"scheduler/gate":       {},
+	"scheduler/linux":      {"scheduler"},
+	"scheduler/sim":        {"scheduler", "scheduler/gate"},
 	"cmd":                  {"..."},
 	"testdata/kernel":      {},
 }

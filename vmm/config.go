@@ -57,6 +57,9 @@ type Config struct {
 	NoHostCmdline bool
 	// Reserved are ranges of RAM that the guest is told to leave alone.
 	Reserved []Reserved
+	// Gate lets the vCPUs run by turns with those of other machines; nil: the
+	// host's kernel alone schedules them.
+	Gate Gate
 }
 
 func (c Config) withDefaults() Config {

@@ -34,7 +34,8 @@ type vcpu struct {
 	live   bool   // the thread has its KVM vCPU and can be kicked
 	job    func() // to be done on the thread while it is parked
 
-	pvm *pvmCPU // nil on a hardware host
+	pvm  *pvmCPU // nil on a hardware host
+	seat Seat    // nil: no gate; set before the vCPU is live
 
 	exits [kvm.NumExitReasons]atomic.Uint64
 }
@@ -49,8 +50,16 @@ func (c *vcpu) kick() {
 		return
 	}
 	c.attention.Store(true)
-	c.k.SetImmediateExit(true)
 	// The thread cannot be gone: it marks itself not live under VM.mu first.
+	c.signal()
+	if c.seat != nil {
+		c.seat.Interrupt()
+	}
+}
+
+// signal makes the thread leave the guest.
+func (c *vcpu) signal() {
+	c.k.SetImmediateExit(true)
 	_ = unix.Tgkill(os.Getpid(), c.tid, kickSignal)
 }
 
@@ -62,6 +71,9 @@ func (c *vcpu) main(ready chan<- error) {
 	defer vm.threads.Done()
 
 	err := c.setup()
+	if err == nil {
+		err = c.join()
+	}
 	vm.mu.Lock()
 	c.live = err == nil
 	vm.mu.Unlock()
@@ -71,6 +83,9 @@ func (c *vcpu) main(ready chan<- error) {
 			e.VCPU = c.id
 			vm.end(e)
 		}
+	}
+	if c.seat != nil {
+		c.seat.Leave()
 	}
 	if c.pvm != nil {
 		c.pvm.completer.e.Close()
@@ -82,6 +97,9 @@ func (c *vcpu) main(ready chan<- error) {
 
 // park waits until the machine runs (true) or is closed (false).
 func (c *vcpu) park() bool {
+	if c.seat != nil {
+		c.seat.Rest()
+	}
 	vm := c.vm
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
@@ -113,6 +131,10 @@ func (c *vcpu) loop() (Exit, bool) {
 		c.k.SetImmediateExit(false)
 		if c.attention.Load() {
 			return c.completeExit()
+		}
+		if c.seat != nil && !c.seat.Turn() {
+			c.seat.Wait()
+			continue
 		}
 		if err := c.k.Run(); err != nil {
 			if err == unix.EINTR || err == unix.EAGAIN {

@@ -130,6 +130,8 @@ type Config struct {
 	Net *Network
 	// Devices are attached behind gondola's own.
 	Devices []vmm.Device
+	// Gate is vmm.Config.Gate.
+	Gate vmm.Gate
 	// Agent is the content of the agent's binary; nil: package agentbin finds
 	// it.
 	Agent []byte
@@ -277,6 +279,7 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 		Name: cfg.Name, VCPUs: cfg.VCPUs, Memory: cfg.Memory, Boot: boot,
 		Devices: slices.Concat(devices, cfg.Devices), NoHostCmdline: cfg.NoHostCmdline,
 		Reserved: place,
+		Gate:     cfg.Gate,
 	})
 	if err != nil {
 		return nil, err
