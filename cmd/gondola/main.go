@@ -95,7 +95,7 @@ signal N; otherwise the guest command's own.`,
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), userlandCommand(), versionCommand(),
 		psCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), pauseCommand(), resumeCommand(),
-		authCommand(), stateCommand(), diskCommand(), limitsCommand(), balloonCommand(), managerCommand(), fleetCommand(), testExecCommand())
+		authCommand(), stateCommand(), diskCommand(), limitsCommand(), balloonCommand(), managerCommand(), fleetCommand(), topCommand(), testExecCommand())
 	return root
 }
 
