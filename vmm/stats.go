@@ -11,6 +11,9 @@ import (
 type Stats struct {
 	// Exits counts returns from KVM_RUN by reason; KVM_EXIT_INTR are kicks.
 	Exits map[string]uint64 `json:"exits"`
+	// Threads are the numbers of the vCPUs' threads: the kernel counts their
+	// times (proc(5), /proc/PID/task).
+	Threads []int `json:"threads,omitempty"`
 	// Syscalls counts SYSCALL instructions brought into the guest's kernel,
 	// and Completed the guest kernel's instructions that KVM did not know, by
 	// mnemonic; UserAfter is the time from Run to the first SYSCALL, which is
@@ -27,6 +30,7 @@ func (vm *VM) Stats() Stats {
 	vm.mu.Unlock()
 	s := Stats{Exits: map[string]uint64{}}
 	for _, c := range vcpus {
+		s.Threads = append(s.Threads, c.tid)
 		for r := range c.exits {
 			if n := c.exits[r].Load(); n != 0 {
 				s.Exits[kvm.ExitReason(r).String()] += n

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/signal"
@@ -23,11 +22,9 @@ import (
 
 	"github.com/gondola-vmm/gondola/balloon/policy/host"
 	"github.com/gondola-vmm/gondola/scheduler/fleet"
+	"github.com/gondola-vmm/gondola/scheduler/gate"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
-
-// fleetPolicies are the values of policy in a fleet file.
-var fleetPolicies = []string{"linux"}
 
 func fleetCommand() *cobra.Command {
 	c := &cobra.Command{
@@ -99,7 +96,7 @@ func readFleet(file string) (text []byte, f *fleet.Fleet, abs string, err error)
 
 // parseFleet checks a fleet file's text with all that this host knows.
 func parseFleet(text []byte, file, abs string) (*fleet.Fleet, error) {
-	o := fleet.Options{File: file, Dir: filepath.Dir(abs), CheckName: control.CheckName, Check: checkValue, Policies: fleetPolicies}
+	o := fleet.Options{File: file, Dir: filepath.Dir(abs), CheckName: control.CheckName, Check: checkValue, Policies: gate.Policies()}
 	if h, err := host.Read(); err == nil { // else no sum is impossible
 		o.HostMemory = h.Total
 	}
@@ -107,8 +104,12 @@ func parseFleet(text []byte, file, abs string) (*fleet.Fleet, error) {
 	if err != nil {
 		return nil, err
 	}
-	// What only the flags' own checks know, once a description.
 	var problems fleet.Problems
+	if f.Policy != "" && f.Policy != gate.Linux && f.Isolation != fleet.Library {
+		problems = append(problems, fleet.Problem{File: file, Line: 1, Column: 1, Path: "policy",
+			Text: f.Policy + " is for isolation: library, where one gate serves all vCPUs; with processes, gondola sched run schedules them"})
+	}
+	// What only the flags' own checks know, once a description.
 	said := map[int]bool{}
 	for i := range f.Machines {
 		m := &f.Machines[i]
@@ -377,7 +378,12 @@ func (s *supervision) run(ctx context.Context, f *fleet.Fleet, text []byte) (err
 	}
 	var runner fleet.Runner = &processRunner{dir: s.dir, before: before}
 	if f.Isolation == fleet.Library {
-		runner = &libraryRunner{dir: s.dir}
+		g, err := newFleetGate(f.Policy)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, g.Close()) }()
+		runner = &libraryRunner{dir: s.dir, gate: g}
 	}
 	s.sup = fleet.NewSupervisor(runner, s.event)
 	insist, cancel := context.WithCancel(context.Background())
@@ -559,21 +565,50 @@ func (s *supervision) serve() (stop func(), err error) {
 		s.stop(r.URL.Query().Get("kill") == "1")
 		answer(w, http.StatusOK, struct{}{})
 	})
+	home, err := openHome()
+	if err != nil {
+		return nil, err
+	}
+	m := newMetrics(home, s.dir.name(), func() []fleetStatus { return []fleetStatus{s.status()} })
+	mux.Handle("GET /metrics", m.handler())
+	ctx, cancel := context.WithCancel(context.Background())
+	var serving sync.WaitGroup
+	stop = sync.OnceFunc(func() {
+		cancel()
+		serving.Wait()
+		m.clients.Close()
+		home.Close()
+	})
+	defer func() {
+		if err != nil {
+			stop()
+		}
+	}()
 	l, err := s.dir.listen()
 	if err != nil {
 		return nil, fmt.Errorf("fleet's socket: %w", err)
 	}
-	servers := []*http.Server{{Handler: mux, ReadHeaderTimeout: answerTimeout}}
-	go func() { _ = servers[0].Serve(l) }() // ends with Close
-	return sync.OnceFunc(func() {
-		for _, srv := range servers {
-			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-			if srv.Shutdown(ctx) != nil {
-				srv.Close()
-			}
-			cancel()
+	serving.Go(func() {
+		if err := serveHTTP(ctx, l, mux); err != nil {
+			s.say(fmt.Sprintf("the fleet's socket: %v", err))
 		}
-	}), nil
+	})
+	if s.flags.metrics != "" {
+		tcp, err := listenMetrics(s.flags.metrics)
+		if err != nil {
+			return nil, err
+		}
+		s.mu.Lock()
+		s.metrics = tcp.Addr().String()
+		s.mu.Unlock()
+		s.say("metrics at http://" + tcp.Addr().String() + "/metrics")
+		serving.Go(func() {
+			if err := serveHTTP(ctx, tcp, m.mux()); err != nil {
+				s.say(fmt.Sprintf("metrics: %v", err))
+			}
+		})
+	}
+	return stop, nil
 }
 
 // reload makes the fleet what a text says.
@@ -863,13 +898,4 @@ func printFleets(w io.Writer, list []fleetStatus, asJSON bool) error {
 		}
 	}
 	return tw.Flush()
-}
-
-// listenMetrics is the address of --metrics.
-func listenMetrics(addr string) (net.Listener, error) {
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		return nil, usageError{fmt.Errorf("%q: %w; want ADDRESS:PORT, for example 127.0.0.1:9184", addr, err)}
-	}
-	return l, nil
 }

@@ -97,6 +97,7 @@ type fleetMachine struct {
 	end   func(hard bool) // ends it without the control socket: its process, its vCPUs
 	ready chan struct{}
 	done  chan struct{}
+	tuned func(fleet.Machine) // is told of a change; nil: nobody
 
 	once    sync.Once
 	outcome fleet.Outcome // before done is closed
@@ -164,6 +165,9 @@ func (m *fleetMachine) wait(ctx context.Context, d time.Duration) bool {
 
 // Tune implements fleet.Running.
 func (m *fleetMachine) Tune(ctx context.Context, to fleet.Machine) error {
+	if m.tuned != nil {
+		m.tuned(to)
+	}
 	return tuneMachine(ctx, m.name, to)
 }
 
@@ -367,13 +371,16 @@ func waitPidfd(f *os.File) {
 }
 
 // libraryRunner runs all machines in this process.
-type libraryRunner struct{ dir *fleetDir }
+type libraryRunner struct {
+	dir  *fleetDir
+	gate *fleetGate
+}
 
 // Find implements fleet.Runner: nothing outlives the process.
 func (*libraryRunner) Find(context.Context, fleet.Machine) (fleet.Running, error) { return nil, nil }
 
 // Start implements fleet.Runner. It returns when the machine's vCPUs run.
-func (r *libraryRunner) Start(ctx context.Context, m fleet.Machine) (fleet.Running, error) {
+func (r *libraryRunner) Start(ctx context.Context, m fleet.Machine) (_ fleet.Running, err error) {
 	f, cfg, err := parseRun(runArgs(r.dir.name(), &m))
 	if err != nil {
 		return nil, err
@@ -385,6 +392,15 @@ func (r *libraryRunner) Start(ctx context.Context, m fleet.Machine) (fleet.Runni
 		return nil, err
 	}
 	cfg.Output = &boundedFile{f: out}
+	if r.gate.Gate != nil {
+		cfg.Gate = r.gate
+		r.gate.add(m)
+		defer func() {
+			if err != nil {
+				r.gate.drop(m.Name)
+			}
+		}()
+	}
 	ctx, interrupt := context.WithCancelCause(ctx)
 	s, err := f.start(ctx, &cfg, publication{must: true, interrupt: interrupt, output: path})
 	if err != nil {
@@ -393,6 +409,8 @@ func (r *libraryRunner) Start(ctx context.Context, m fleet.Machine) (fleet.Runni
 	}
 	p := &fleetMachine{name: m.Name, pid: os.Getpid(), ready: make(chan struct{}), done: make(chan struct{})}
 	p.end = func(bool) { s.guest.VM().Stop() }
+	p.tuned = r.gate.add
+	r.gate.watch(m.Name, s.requests)
 	go func() {
 		// The machine's life is its own: Stop ends it.
 		ctx := context.WithoutCancel(ctx)
@@ -407,6 +425,7 @@ func (r *libraryRunner) Start(ctx context.Context, m fleet.Machine) (fleet.Runni
 		}
 		err = errors.Join(err, s.end())
 		s.pub.Close()
+		r.gate.drop(m.Name)
 		interrupt(nil)
 		var code exitCode
 		o := fleet.Outcome{Known: true}

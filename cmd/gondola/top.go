@@ -209,79 +209,53 @@ func (l *looker) row(now time.Time, o *observation, sched *schedView) top.Row {
 		}
 		if d, ok := sched.decisions[o.Name]; ok {
 			at := d.Time
-			r.Decision, r.DecisionAt = printable(shortDecision(d)), &at
+			r.Decision, r.DecisionAt = decisionText(d), &at
 		}
 	}
 	return r
 }
 
-// shortDecision is a decision in a few words.
-func shortDecision(d scheduler.Decision) string {
-	s := string(d.Kind)
-	switch d.Kind {
-	case scheduler.Judged:
-		s = "is " + d.Class.String()
-	case scheduler.Moved, scheduler.Traded, scheduler.Returned, scheduler.RolledBack:
-		s = fmt.Sprintf("%s %s, %s", d.Kind, d.Resource, d.From)
-	}
-	return s + ": " + d.Why
-}
-
 // schedView is what a running scheduler says.
 type schedView struct {
-	PID      int       `json:"pid"`
-	Time     time.Time `json:"time"`
-	Notes    []string  `json:"notes"`
-	Machines []struct {
-		Name string               `json:"machine"`
-		PID  int                  `json:"pid"`
-		Eval scheduler.Evaluation `json:"evaluation"`
-	} `json:"machines"`
-
-	machines map[string]struct {
-		PID  int
-		Eval scheduler.Evaluation
-	}
+	schedStatus
+	machines  map[string]*schedMachine
 	decisions map[string]scheduler.Decision // the last ones
 }
 
 // schedReader reads the files of gondola sched run.
 type schedReader struct {
-	read1     time.Time
+	at        time.Time // of decisions
 	decisions map[string]scheduler.Decision
 }
 
-// staleAfter is the age at which a scheduler's word does not count any more.
-const staleAfter = 2 * time.Minute
+// How old a scheduler's word may be, how often its history is read, which takes longer
+// than its status, and how much of that.
+const (
+	staleAfter      = 2 * time.Minute
+	historyInterval = 2 * time.Second
+	historyLength   = 4096
+)
 
 // read returns what the scheduler says; nil if none runs.
 func (s *schedReader) read(now time.Time) *schedView {
-	dir := schedStateDir()
-	if dir == "" {
-		return nil
-	}
-	b, err := os.ReadFile(filepath.Join(dir, "status.json"))
+	dir, err := schedDir()
 	if err != nil {
 		return nil
 	}
-	v := &schedView{}
-	if json.Unmarshal(b, v) != nil || now.Sub(v.Time) > staleAfter || syscall.Kill(v.PID, 0) != nil {
+	b, err := os.ReadFile(filepath.Join(dir, statusFile))
+	if err != nil {
 		return nil
 	}
-	v.machines = map[string]struct {
-		PID  int
-		Eval scheduler.Evaluation
-	}{}
-	for _, m := range v.Machines {
-		v.machines[m.Name] = struct {
-			PID  int
-			Eval scheduler.Evaluation
-		}{m.PID, m.Eval}
+	v := &schedView{machines: map[string]*schedMachine{}}
+	if json.Unmarshal(b, &v.schedStatus) != nil || now.Sub(v.Time) > staleAfter || syscall.Kill(v.PID, 0) != nil {
+		return nil
 	}
-	// The history is a longer read than the status.
-	if now.Sub(s.read1) >= 2*time.Second {
-		s.read1 = now
-		if list, err := scheduler.ReadHistory(filepath.Join(dir, "decisions.jsonl"), "", 4096); err == nil {
+	for i := range v.Machines {
+		v.machines[v.Machines[i].Machine] = &v.Machines[i]
+	}
+	if now.Sub(s.at) >= historyInterval {
+		s.at = now
+		if list, err := scheduler.ReadHistory(filepath.Join(dir, decisionsFile), "", historyLength); err == nil {
 			s.decisions = map[string]scheduler.Decision{}
 			for _, e := range list {
 				s.decisions[e.Machine] = e.Decision
@@ -290,19 +264,6 @@ func (s *schedReader) read(now time.Time) *schedView {
 	}
 	v.decisions = s.decisions
 	return v
-}
-
-// schedStateDir is where gondola sched run keeps its files.
-func schedStateDir() string {
-	state := os.Getenv("XDG_STATE_HOME")
-	if !filepath.IsAbs(state) {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return ""
-		}
-		state = filepath.Join(home, ".local", "state")
-	}
-	return filepath.Join(state, "gondola", "sched")
 }
 
 // topActions act through the machines' control sockets.

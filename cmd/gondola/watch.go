@@ -4,15 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/scheduler"
+	"github.com/gondola-vmm/gondola/scheduler/linux"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
 
@@ -150,23 +147,7 @@ func sampleOf(info *control.Info) scheduler.Sample {
 	return s
 }
 
-// readTimes adds the processor times of the machine's process: used, and waited for
-// (Documentation/scheduler/sched-stats.rst).
+// readTimes adds what the kernel counted of the machine's vCPU threads.
 func readTimes(info *control.Info, s *scheduler.Sample) error {
-	dir := filepath.Join("/proc", strconv.Itoa(info.PID), "task")
-	threads, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, t := range threads {
-		b, err := os.ReadFile(filepath.Join(dir, t.Name(), "schedstat"))
-		if f := strings.Fields(string(b)); err == nil && len(f) >= 2 {
-			run, err := strconv.ParseUint(f[0], 10, 64)
-			wait, err2 := strconv.ParseUint(f[1], 10, 64)
-			if err == nil && err2 == nil {
-				s.Run, s.Wait = s.Run+run, s.Wait+wait
-			}
-		}
-	}
-	return nil
+	return linux.Proc{}.Read(linux.Process{PID: info.PID, Threads: info.Stats.Threads}, s)
 }

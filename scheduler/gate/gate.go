@@ -185,7 +185,7 @@ func (g *Gate) Join(machine string, kick func()) (Seat, error) {
 		return nil, nil
 	}
 	s := &seat{g: g, kick: kick, tid: unix.Gettid(), stat: -1, parked: true}
-	s.task.Name = machine
+	s.task.Name, s.task.Owner = machine, s
 	if len(g.cfg.Processors) > 0 {
 		var set unix.CPUSet
 		for _, p := range g.cfg.Processors {
@@ -222,23 +222,14 @@ func (g *Gate) deliver() {
 // tell tells threads what the queue has decided.
 func (g *Gate) tell() {
 	for _, t := range g.queue.Started() {
-		s := g.seatOf(t)
+		s := t.Owner.(*seat)
 		s.begun, s.last = s.cpu(), 0
 		s.turn.Store(true)
 		s.wake()
 	}
 	for _, t := range g.queue.Kicks() {
-		g.seatOf(t).out()
+		t.Owner.(*seat).out()
 	}
-}
-
-func (g *Gate) seatOf(t *Task) *seat {
-	for _, s := range g.seats {
-		if &s.task == t {
-			return s
-		}
-	}
-	panic("gate: a task without a seat")
 }
 
 // poke makes the watch look at once.

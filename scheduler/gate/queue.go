@@ -36,6 +36,7 @@ type Params struct {
 type Task struct {
 	Name   string
 	Params Params
+	Owner  any // the caller's
 
 	State State
 	Since time.Duration // when it came into its state

@@ -28,8 +28,8 @@ const (
 	OpPause  = "machine.pause"  // no arguments, empty reply
 	OpResume = "machine.resume" // no arguments, empty reply
 
-	OpPolicy = "machine.policy" // Policy → Policy: what holds then; zeros stay as they are
-
+	OpPolicy     = "machine.policy"      // Policy → Policy: what holds then; zeros stay as they are
+	OpCounters   = "machine.counters"    // no arguments → Info without what takes long to count
 	OpLimits     = "machine.limits"      // LimitsRequest → []iostat.Info
 	OpDiskAttach = "machine.disk.attach" // Disk → DiskAttached
 	OpDiskDetach = "machine.disk.detach" // DiskDetach, empty reply

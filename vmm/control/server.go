@@ -244,6 +244,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 
 		OpPolicy:     handle(s.policy),
 		OpBalloon:    handle(s.balloon),
+		OpCounters:   handle(s.counters),
 		OpLimits:     handle(s.limits),
 		OpDiskAttach: handle(s.attachDisk),
 		OpDiskDetach: handle(s.detachDisk),
@@ -328,7 +329,14 @@ func fail(c *proto.Call, err error) {
 	}
 }
 
-func (s *Server) info(*proto.Call, *struct{}) (any, error) {
+func (s *Server) info(*proto.Call, *struct{}) (any, error) { return s.describe(true), nil }
+
+// counters performs OpCounters.
+func (s *Server) counters(*proto.Call, *struct{}) (any, error) { return s.describe(false), nil }
+
+// describe describes the machine; pss tells whether its memory is to be counted page by
+// page.
+func (s *Server) describe(pss bool) Info {
 	s.mu.Lock()
 	info := s.cfg.Info
 	info.Clients = len(s.clients)
@@ -342,13 +350,13 @@ func (s *Server) info(*proto.Call, *struct{}) (any, error) {
 			info.Devices = m.Devices()
 		}
 		info.State = s.state(paused)
-		info.Use = memory(s.machine, true)
+		info.Use = memory(s.machine, pss)
 	default:
 	}
 	if stopping && info.State != StateEnded {
 		info.State = StateStopping
 	}
-	return info, nil
+	return info
 }
 
 // policy performs OpPolicy. What the bounds make of the memory is the manager's to
