@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -201,14 +202,28 @@ var (
 	descRequests    = desc("machine_requests_total", "Requests of the guest over port A by what became of them.", "outcome")
 	descEvents      = desc("machine_events_total", "Events raised on port B.")
 
-	descFleetUp       = prometheus.NewDesc("gondola_fleet_supervised", "1 if the fleet's supervisor runs, else 0.", []string{"fleet"}, nil)
+	descFleetUp       = &lazyDesc{name: "fleet_supervised", help: "1 if the fleet's supervisor runs, else 0.", labels: []string{"fleet"}}
 	descFleetState    = desc("fleet_machine_state", "1 for the state that a machine of a fleet is in, 0 for the others.", "state")
 	descFleetRestarts = desc("fleet_machine_restarts_total", "Times that a machine of a fleet was started again.")
 	descFleetCode     = desc("fleet_machine_last_exit_code", "Exit code of the machine's last end, if it is known.")
 )
 
-func desc(name, help string, labels ...string) *prometheus.Desc {
-	return prometheus.NewDesc("gondola_"+name, help, slices.Concat(onMachineLabel, labels), nil)
+func desc(name, help string, labels ...string) *lazyDesc {
+	return &lazyDesc{name: name, help: help, labels: slices.Concat(onMachineLabel, labels)}
+}
+
+// lazyDesc is a description that is made when it is needed: a machine's start shall
+// not pay for it.
+type lazyDesc struct {
+	name, help string
+	labels     []string
+	once       sync.Once
+	made       *prometheus.Desc
+}
+
+func (d *lazyDesc) get() *prometheus.Desc {
+	d.once.Do(func() { d.made = prometheus.NewDesc("gondola_"+d.name, d.help, d.labels, nil) })
+	return d.made
 }
 
 // Describe implements prometheus.Collector: which metrics there are depends on the
@@ -219,7 +234,7 @@ func (m *metrics) Describe(chan<- *prometheus.Desc) {}
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	all, err := m.clients.observe(context.Background(), machineTimeout)
 	if err != nil {
-		ch <- prometheus.NewInvalidMetric(descUp, err)
+		ch <- prometheus.NewInvalidMetric(descUp.get(), err)
 		return
 	}
 	for i := range all {
@@ -237,11 +252,11 @@ func valid(s string) string { return strings.ToValidUTF8(printable(s), "?") }
 
 func collectMachine(ch chan<- prometheus.Metric, o *observation) {
 	own := []string{valid(o.Name), valid(o.Labels[labelFleet])}
-	send := func(d *prometheus.Desc, t prometheus.ValueType, v float64, labels ...string) {
-		ch <- prometheus.MustNewConstMetric(d, t, v, slices.Concat(own, labels)...)
+	send := func(d *lazyDesc, t prometheus.ValueType, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d.get(), t, v, slices.Concat(own, labels)...)
 	}
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) { send(d, prometheus.GaugeValue, v, labels...) }
-	count := func(d *prometheus.Desc, v uint64, labels ...string) {
+	gauge := func(d *lazyDesc, v float64, labels ...string) { send(d, prometheus.GaugeValue, v, labels...) }
+	count := func(d *lazyDesc, v uint64, labels ...string) {
 		send(d, prometheus.CounterValue, float64(v), labels...)
 	}
 	if o.err != nil {
@@ -298,8 +313,8 @@ func collectMachine(ch chan<- prometheus.Metric, o *observation) {
 }
 
 type (
-	gaugeFunc func(d *prometheus.Desc, v float64, labels ...string)
-	countFunc func(d *prometheus.Desc, v uint64, labels ...string)
+	gaugeFunc func(d *lazyDesc, v float64, labels ...string)
+	countFunc func(d *lazyDesc, v uint64, labels ...string)
 )
 
 func collectMemory(gauge gaugeFunc, count countFunc, u *control.Memory) {
@@ -361,7 +376,7 @@ func latency(c *iostat.ClassStats, labels []string) prometheus.Metric {
 			}
 		}
 	}
-	return prometheus.MustNewConstHistogram(descLatency, total, float64(c.Nanos)/1e9, buckets, labels...)
+	return prometheus.MustNewConstHistogram(descLatency.get(), total, float64(c.Nanos)/1e9, buckets, labels...)
 }
 
 // fleetStates are all states of a fleet's machine.
@@ -372,7 +387,7 @@ func collectFleet(ch chan<- prometheus.Metric, f *fleetStatus) {
 	if f.PID != 0 {
 		up = 1
 	}
-	ch <- prometheus.MustNewConstMetric(descFleetUp, prometheus.GaugeValue, up, valid(f.Name))
+	ch <- prometheus.MustNewConstMetric(descFleetUp.get(), prometheus.GaugeValue, up, valid(f.Name))
 	for _, m := range f.Machines {
 		own := []string{valid(m.Name), valid(f.Name)}
 		for _, s := range fleetStates {
@@ -380,11 +395,11 @@ func collectFleet(ch chan<- prometheus.Metric, f *fleetStatus) {
 			if m.State == s {
 				v = 1
 			}
-			ch <- prometheus.MustNewConstMetric(descFleetState, prometheus.GaugeValue, v, slices.Concat(own, []string{string(s)})...)
+			ch <- prometheus.MustNewConstMetric(descFleetState.get(), prometheus.GaugeValue, v, slices.Concat(own, []string{string(s)})...)
 		}
-		ch <- prometheus.MustNewConstMetric(descFleetRestarts, prometheus.CounterValue, float64(m.Restarts), own...)
+		ch <- prometheus.MustNewConstMetric(descFleetRestarts.get(), prometheus.CounterValue, float64(m.Restarts), own...)
 		if m.Last != nil && m.Last.Known {
-			ch <- prometheus.MustNewConstMetric(descFleetCode, prometheus.GaugeValue, float64(m.Last.Code), own...)
+			ch <- prometheus.MustNewConstMetric(descFleetCode.get(), prometheus.GaugeValue, float64(m.Last.Code), own...)
 		}
 	}
 }
