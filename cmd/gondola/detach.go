@@ -39,6 +39,9 @@ func outputFile(home, name string) string { return filepath.Join(home, ".output-
 // says how much that is.
 const maxOutput = 16 << 20
 
+// selfExe is this program, also after its file was replaced.
+const selfExe = "/proc/self/exe"
+
 // child is gondola once more, in the background.
 type child struct {
 	cmd    *exec.Cmd
@@ -46,9 +49,9 @@ type child struct {
 	report *os.File // what it reports
 }
 
-// spawn starts gondola with these arguments in the background, its output in a file
-// in dir that it may rename.
-func spawn(dir string, args, env []string) (_ *child, err error) {
+// spawn starts gondola, the program exe, with these arguments in the background, its
+// output in a file in dir that it may rename.
+func spawn(exe, dir string, args, env []string) (_ *child, err error) {
 	c := &child{}
 	defer func() {
 		if err != nil {
@@ -67,7 +70,7 @@ func spawn(dir string, args, env []string) (_ *child, err error) {
 	if _, err := unix.FcntlInt(c.out.Fd(), unix.F_SETFL, unix.O_APPEND); err != nil {
 		return nil, fmt.Errorf("%s: %w", c.out.Name(), err)
 	}
-	c.cmd = exec.Command("/proc/self/exe", args...)
+	c.cmd = exec.Command(exe, args...)
 	c.cmd.Args[0] = os.Args[0]
 	c.cmd.Env = slices.Concat(os.Environ(), env, []string{envBackground + "=" + c.out.Name()})
 	c.cmd.Stdout, c.cmd.Stderr = c.out, c.out
@@ -102,7 +105,7 @@ func (c *child) words() []byte {
 // detach starts gondola's own command line again in the background and waits
 // until it is ready.
 func detach(ctx context.Context, dir, what string, quiet bool) error {
-	c, err := spawn(dir, os.Args[1:], nil)
+	c, err := spawn(selfExe, dir, os.Args[1:], nil)
 	if err != nil {
 		return err
 	}

@@ -1,3 +1,5 @@
+//go:build !lean
+
 package main
 
 import (
@@ -16,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gondola-vmm/gondola/guestagent/agentbin"
 	"github.com/gondola-vmm/gondola/scheduler/fleet"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
@@ -205,7 +208,7 @@ func (r *processRunner) Start(ctx context.Context, m fleet.Machine) (fleet.Runni
 		return nil, err
 	}
 	defer home.Close()
-	c, err := spawn(home.Path(), append([]string{"run"}, runArgs(r.dir.name(), &m)...), []string{envOutcome + "=" + outcome})
+	c, err := spawn(machineExe(), home.Path(), append([]string{"run"}, runArgs(r.dir.name(), &m)...), []string{envOutcome + "=" + outcome})
 	if err != nil {
 		return nil, err
 	}
@@ -243,6 +246,15 @@ func (r *processRunner) Start(ctx context.Context, m fleet.Machine) (fleet.Runni
 		p.finish(o)
 	}()
 	return p, nil
+}
+
+// machineExe is the program that a machine's process runs: the lean gondola beside
+// this one, if it is there.
+func machineExe() string {
+	if lean, err := agentbin.Beside("gondola"); err == nil {
+		return lean
+	}
+	return selfExe
 }
 
 // lastWord is the last line that gondola said, or a text if it said nothing.

@@ -1,3 +1,5 @@
+//go:build !lean
+
 package main
 
 import (
@@ -193,25 +195,6 @@ func (d *fleetDir) write(s fleetState) error {
 		return err
 	}
 	return writeWhole(d.file("state.json"), b)
-}
-
-// writeWhole writes a file so that nobody ever sees a part of it.
-func writeWhole(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".writing-*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		_ = os.Remove(f.Name()) // what went wrong has been said
-	}
-	return err
 }
 
 // at calls f with a path of the socket that is short enough for an address.

@@ -94,9 +94,9 @@ signal N; otherwise the guest command's own.`,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), userlandCommand(), versionCommand(),
-		psCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), metricsCommand(), pauseCommand(), resumeCommand(),
-		authCommand(), stateCommand(), diskCommand(), limitsCommand(), balloonCommand(), managerCommand(), fleetCommand(), topCommand(), schedCommand(), simCommand(),
-		testExecCommand())
+		psCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), pauseCommand(), resumeCommand(),
+		authCommand(), stateCommand(), diskCommand(), limitsCommand(), balloonCommand(), testExecCommand())
+	root.AddCommand(fullCommands()...)
 	return root
 }
 

@@ -1,3 +1,5 @@
+//go:build !lean
+
 package main
 
 import (
@@ -319,5 +321,5 @@ func (topActions) Limits(ctx context.Context, name, limits string) error {
 }
 
 func (topActions) Shell(name string) *exec.Cmd {
-	return exec.Command("/proc/self/exe", "exec", "-t", name)
+	return exec.Command(selfExe, "exec", "-t", name)
 }
