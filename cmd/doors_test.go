@@ -24,6 +24,7 @@ const module = "github.com/gondola-vmm/gondola/"
 var doors = map[string][]string{
 	"vmm/kvm":              {},
 	"vmm/mem":              {},
+	"vmm/bytesize":         {},
 	"vmm/emul":             {"vmm/mem"},
 	"vmm":                  {"vmm/...", "devices/...", "firmware"},
 	"vmm/guest":            {"vmm", "vmm/mem", "balloon", "balloon/revoke", "devices/...", "firmware", "firmware/guestkernel", "guestagent/..."},
@@ -49,6 +50,7 @@ var doors = map[string][]string{
 	"scheduler/db":         {},
 	"scheduler/rules":      {},
 	"scheduler":            {},
+	"scheduler/fleet":      {"vmm/bytesize"},
 	"scheduler/gate":       {},
 	"scheduler/linux":      {"scheduler"},
 	"scheduler/sim":        {"scheduler", "scheduler/gate"},

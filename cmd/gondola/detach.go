@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -38,63 +39,97 @@ func outputFile(home, name string) string { return filepath.Join(home, ".output-
 // says how much that is.
 const maxOutput = 16 << 20
 
-// detach starts gondola's own command line again in the background and waits
-// until the machine is ready.
-func detach(ctx context.Context, quiet bool) error {
-	home, err := openHome()
-	if err != nil {
-		return err
+// selfExe is this program, also after its file was replaced.
+const selfExe = "/proc/self/exe"
+
+// child is gondola once more, in the background.
+type child struct {
+	cmd    *exec.Cmd
+	out    *os.File // its output; read here, appended to there
+	report *os.File // what it reports
+}
+
+// spawn starts gondola, the program exe, with these arguments in the background, its
+// output in a file in dir that it may rename.
+func spawn(exe, dir string, args, env []string) (_ *child, err error) {
+	c := &child{}
+	defer func() {
+		if err != nil {
+			c.Close()
+		}
+	}()
+	if c.out, err = os.CreateTemp(dir, ".starting-*"); err != nil {
+		return nil, err
 	}
-	defer home.Close()
-	out, err := os.CreateTemp(home.Path(), ".starting-*")
-	if err != nil {
-		return err
+	var w *os.File
+	if c.report, w, err = os.Pipe(); err != nil {
+		return nil, err
 	}
-	defer os.Remove(out.Name()) // fails if the machine has taken it
-	defer out.Close()
-	r, w, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer r.Close()
+	defer w.Close()
 	// The child appends, so that the file can be cut.
-	if _, err := unix.FcntlInt(out.Fd(), unix.F_SETFL, unix.O_APPEND); err != nil {
-		w.Close()
-		return fmt.Errorf("%s: %w", out.Name(), err)
+	if _, err := unix.FcntlInt(c.out.Fd(), unix.F_SETFL, unix.O_APPEND); err != nil {
+		return nil, fmt.Errorf("%s: %w", c.out.Name(), err)
 	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), envBackground+"="+out.Name())
-	cmd.Stdout, cmd.Stderr = out, out
-	cmd.ExtraFiles = []*os.File{w}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = cmd.Start()
-	w.Close()
+	c.cmd = exec.Command(exe, args...)
+	c.cmd.Args[0] = os.Args[0]
+	c.cmd.Env = slices.Concat(os.Environ(), env, []string{envBackground + "=" + c.out.Name()})
+	c.cmd.Stdout, c.cmd.Stderr = c.out, c.out
+	c.cmd.ExtraFiles = []*os.File{w}
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := c.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start in the background: %w", err)
+	}
+	return c, nil
+}
+
+// Close lets go of a child, which goes on.
+func (c *child) Close() {
+	if c.out != nil {
+		_ = os.Remove(c.out.Name()) // fails if the child has taken it
+		c.out.Close()
+	}
+	if c.report != nil {
+		c.report.Close()
+	}
+}
+
+// maxWords is how much of a child's output explains its end, in bytes.
+const maxWords = 64 << 10
+
+// words is the beginning of what the child printed.
+func (c *child) words() []byte {
+	b, _ := io.ReadAll(io.NewSectionReader(c.out, 0, maxWords)) // an explanation, if there is one
+	return b
+}
+
+// detach starts gondola's own command line again in the background and waits
+// until it is ready.
+func detach(ctx context.Context, dir, what string, quiet bool) error {
+	c, err := spawn(selfExe, dir, os.Args[1:], nil)
 	if err != nil {
-		return fmt.Errorf("start in the background: %w", err)
+		return err
 	}
+	defer c.Close()
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	defer context.AfterFunc(ctx, func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM) // fails if it has ended
+		_ = c.cmd.Process.Signal(syscall.SIGTERM) // fails if it has ended
 	})()
-	name := follow(r, quiet)
+	name := follow(c.report, quiet)
 	if name != "" {
 		fmt.Println(name)
-		return cmd.Process.Release()
+		return c.cmd.Process.Release()
 	}
-	err = cmd.Wait()
+	err = c.cmd.Wait()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		return err
 	}
-	if _, err := out.Seek(0, io.SeekStart); err == nil {
-		_, _ = io.Copy(os.Stderr, io.LimitReader(out, 64<<10)) // an explanation, if there is one
-	}
-	if code := cmd.ProcessState.ExitCode(); code > 0 {
+	_, _ = os.Stderr.Write(c.words())
+	if code := c.cmd.ProcessState.ExitCode(); code > 0 {
 		return exitCode(code)
 	}
-	return fmt.Errorf("the machine ended before it was ready: %v", cmd.ProcessState)
+	return fmt.Errorf("%s ended before it was ready: %v", what, c.cmd.ProcessState)
 }
 
 // follow shows a child's reports until the machine is ready, and returns its

@@ -6,5 +6,6 @@ import "github.com/spf13/cobra"
 
 // fullCommands are those that need large libraries, which lean builds leave out.
 func fullCommands() []*cobra.Command {
-	return []*cobra.Command{managerCommand(), dbCommand(), rulesCommand(), serviceCommand(), schedCommand(), simCommand()}
+	return []*cobra.Command{managerCommand(), fleetCommand(), topCommand(), metricsCommand(), dbCommand(), rulesCommand(), serviceCommand(),
+		schedCommand(), simCommand()}
 }

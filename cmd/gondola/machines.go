@@ -104,6 +104,8 @@ type publication struct {
 	background *background
 	interrupt  context.CancelCauseFunc // ends the machine's start
 	policy     control.Policy
+	labels     map[string]string
+	output     string // the file that has the machine's output, if there is no background
 }
 
 // published is a machine that others can see; nil where that is not possible.
@@ -139,7 +141,7 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 		home.Close()
 		return nil, err
 	}
-	info := control.Info{VCPUs: cfg.VCPUs, Memory: cfg.Memory, Kernel: cfg.Kernel, Command: cfg.Command, Policy: p.policy}
+	info := control.Info{Output: p.output, VCPUs: cfg.VCPUs, Memory: cfg.Memory, Kernel: cfg.Kernel, Command: cfg.Command, Policy: p.policy, Labels: p.labels}
 	if kind, err := vmm.Kind(); err == nil { // the start will say why it is not known
 		info.Host = kind.String()
 	}
@@ -167,7 +169,7 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 	} else {
 		cfg.Log = io.MultiWriter(log, cfg.Log)
 	}
-	if p.background != nil {
+	if p.background != nil || p.output != "" {
 		cfg.Output = io.MultiWriter(cfg.Output, log)
 	}
 	return &published{home: home, server: server, states: states, events: events}, nil

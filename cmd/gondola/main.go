@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"runtime/debug"
+	"strconv"
 
 	"github.com/spf13/cobra"
 )
@@ -35,7 +36,23 @@ func (e usageError) Unwrap() error { return e.error }
 
 func main() { os.Exit(execute()) }
 
+// envOutcome is a file that gets the exit code, for a supervisor that may not be the
+// parent process any more.
+const envOutcome = "GONDOLA_OUTCOME"
+
 func execute() int {
+	outcome := os.Getenv(envOutcome)
+	os.Unsetenv(envOutcome) // fails for names that are none
+	code := perform()
+	if outcome != "" {
+		if err := writeWhole(outcome, []byte(strconv.Itoa(code))); err != nil {
+			fmt.Fprintf(os.Stderr, "gondola: exit code: %v\n", err)
+		}
+	}
+	return code
+}
+
+func perform() int {
 	err := rootCommand().ExecuteContext(context.Background())
 	var code exitCode
 	var usage usageError
@@ -62,6 +79,7 @@ ordinary Linux kernel, also on hosts whose KVM has no hardware support.
   gondola run -- uname -a      run one command in a fresh machine
   gondola run                  an interactive shell in a fresh machine
   gondola run -d --name dev    a machine in the background: gondola exec dev -- ps
+  gondola fleet up shop.yaml   several machines of one file, supervised
   gondola auth add dev me --allow save   let programs in the guest ask for something
   gondola env create dev tools  changes that do not touch the guest itself
   gondola doctor               what this host can do

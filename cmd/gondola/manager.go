@@ -181,7 +181,7 @@ func (f *managerFlags) run(ctx context.Context, out io.Writer) error {
 		defer file.Close()
 		rec = file
 	}
-	m := &manager{flags: f, home: home, policy: policy.New(f.policyConfig()), clients: map[string]*control.Client{}, last: map[string]observed{}}
+	m := &manager{flags: f, home: home, policy: policy.New(f.policyConfig()), clients: newClients(home), last: map[string]observed{}}
 	defer m.close()
 	for {
 		r, err := m.step(ctx)
@@ -256,8 +256,7 @@ type manager struct {
 	home   *control.Home
 	policy *policy.Manager
 
-	mu      sync.Mutex
-	clients map[string]*control.Client
+	clients *clients
 	last    map[string]observed // what was last known of each machine
 }
 
@@ -275,32 +274,7 @@ func (m *manager) close() {
 			}
 		}
 	}
-	for _, c := range m.clients {
-		c.Close() // the machines go on
-	}
-}
-
-// client is the connection to a machine, which is kept.
-func (m *manager) client(ctx context.Context, name string) (*control.Client, error) {
-	m.mu.Lock()
-	c := m.clients[name]
-	m.mu.Unlock()
-	if c != nil {
-		select {
-		case <-c.Done():
-			c.Close() // the machine, or its predecessor of this name, has gone
-		default:
-			return c, nil
-		}
-	}
-	c, err := m.home.Dial(ctx, name)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.clients, name)
-	if err == nil {
-		m.clients[name] = c
-	}
-	return c, err
+	m.clients.Close() // the machines go on
 }
 
 // observed is what a machine's process says of it.
@@ -397,7 +371,7 @@ func (m *manager) step(ctx context.Context) (record, error) {
 // observe asks one machine, of which before is known. One that is not there yet,
 // or has no balloon, is not ok and no error.
 func (m *manager) observe(ctx context.Context, name string, before observed) (observed, error) {
-	c, err := m.client(ctx, name)
+	c, err := m.clients.get(ctx, name)
 	if errors.Is(err, control.ErrNotRunning) {
 		return observed{}, nil
 	}
@@ -442,7 +416,7 @@ func (m *manager) observe(ctx context.Context, name string, before observed) (ob
 
 // act does one thing that was decided.
 func (m *manager) act(ctx context.Context, a policy.Action) error {
-	c, err := m.client(ctx, a.Name)
+	c, err := m.clients.get(ctx, a.Name)
 	if err != nil {
 		return err
 	}

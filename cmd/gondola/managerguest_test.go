@@ -62,7 +62,7 @@ func TestManagerWithGuests(t *testing.T) {
 		home, err := openHome()
 		require.NoError(t, err)
 		defer home.Close()
-		m := &manager{flags: f, home: home, policy: policy.New(f.policyConfig()), clients: map[string]*control.Client{}, last: map[string]observed{}}
+		m := &manager{flags: f, home: home, policy: policy.New(f.policyConfig()), clients: newClients(home), last: map[string]observed{}}
 		defer m.close()
 		for {
 			r, err := m.step(ctx)

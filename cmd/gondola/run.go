@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -51,14 +52,29 @@ type runFlags struct {
 	shares                        uint64
 	memoryMin, memoryMax          memorySize
 	timeCritical                  bool
+	labels                        []string
 	commandFlags
 }
 
 // debugTopics are the values of --debug.
 var debugTopics = []string{"exits", "cmdline", "times", "log"}
 
-func runCommand() *cobra.Command {
-	f := runFlags{memory: vmm.DefaultMemory}
+func runCommand() *cobra.Command { return newRunCommand(&runFlags{}) }
+
+// parseRun reads the arguments of gondola run into a configuration.
+func parseRun(args []string) (*runFlags, guest.Config, error) {
+	f := &runFlags{}
+	c := newRunCommand(f)
+	if err := c.ParseFlags(args); err != nil {
+		return nil, guest.Config{}, usageError{err}
+	}
+	f.named = c.Flags().Changed("name")
+	cfg, err := f.config(c.Flags().Args())
+	return f, cfg, err
+}
+
+func newRunCommand(f *runFlags) *cobra.Command {
+	f.memory = vmm.DefaultMemory
 	c := &cobra.Command{
 		Use:   "run [flags] [-- COMMAND [ARG…]]",
 		Short: "Boot a fresh guest and run a command or a shell in it",
@@ -129,6 +145,7 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.Var(&f.memoryMin, "memory-min", "memory that is never taken, and must be there for a start (default half of it)")
 	fl.Var(&f.memoryMax, "memory-max", "memory that the manager gives at most (default all of it)")
 	fl.BoolVar(&f.timeCritical, "time-critical", false, "mark the machine for the scheduler: it runs as soon as it has something to do")
+	fl.StringArrayVar(&f.labels, "label", nil, "label the machine NAME=VALUE, for gondola ps --json, top and metrics (repeatable)")
 	fl.DurationVar(&f.timeout, "timeout", 0, "end the machine after this time, with exit code 124")
 	fl.StringSliceVar(&f.debug, "debug", nil, "at the end, show: "+strings.Join(debugTopics, ", "))
 	choices := func(name string, vs ...string) {
@@ -217,6 +234,9 @@ func (f *runFlags) config(args []string) (guest.Config, error) {
 	if err := f.check(); err != nil {
 		return cfg, err
 	}
+	if err := f.checkLabels(); err != nil {
+		return cfg, err
+	}
 	if err := control.CheckName(f.name); err != nil {
 		return cfg, usageError{fmt.Errorf("--name: %w", err)}
 	}
@@ -251,7 +271,12 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	bg := inherited()
 	if f.detach && bg == nil {
-		return detach(ctx, f.quiet)
+		home, err := openHome()
+		if err != nil {
+			return err
+		}
+		defer home.Close()
+		return detach(ctx, home.Path(), "the machine", f.quiet)
 	}
 	if f.timeout > 0 {
 		var cancel context.CancelFunc
@@ -272,59 +297,97 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	// The window of a terminal is known before the guest is.
 	cfg.Rows, cfg.Cols, _ = term.Size(os.Stdin)
-	pub, err := publish(&cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt, policy: f.policy()})
+	m, err := f.start(ctx, &cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt})
 	if err != nil {
-		return err
+		return f.cause(ctx, err)
 	}
-	defer pub.Close()
+	defer m.pub.Close()
+	err = f.session(ctx, m.guest, cfg, sigs, p, bg)
+	p.done()
+	if cerr := m.end(); err == nil {
+		err = cerr
+	}
+	f.report(m.guest)
+	return f.cause(ctx, err)
+}
+
+// vcpus counts those of this process's machines.
+var vcpus atomic.Int32
+
+// moreProcs lets devices run beside n more vCPUs on hosts with few processors. A
+// thread in KVM_RUN keeps its place among those that GOMAXPROCS allows until the Go
+// runtime notices, which takes it up to 10 ms, and so long a request would wait
+// (docs/host.md). $GOMAXPROCS overrides it.
+func moreProcs(n int) {
+	all := int(vcpus.Add(int32(n))) + 2
+	if _, set := os.LookupEnv("GOMAXPROCS"); !set && runtime.GOMAXPROCS(0) < all {
+		runtime.GOMAXPROCS(all)
+	}
+}
+
+// started is a machine that others can see, with its request service.
+type started struct {
+	pub      *published
+	requests *requests
+	guest    *guest.Guest
+	layers   string // the directory of its disks' layers, removed if there are none
+}
+
+// start makes a machine known and lets it run.
+func (f *runFlags) start(ctx context.Context, cfg *guest.Config, p publication) (_ *started, err error) {
+	p.policy, p.labels = f.policy(), labels(f.labels)
+	m := &started{}
+	if m.pub, err = publish(cfg, p); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.end())
+			m.pub.Close()
+		}
+	}()
 	if cfg.Net != nil && cfg.Net.Private != "" {
 		privateNet(cfg.Net, cfg.Name)
 	}
 	if v := cfg.Vsock; v != nil && v.Path == "" {
-		if v.Path = pub.vsockPath(cfg.Name); v.Path == "" {
-			return errors.New("--vsock: the machine has no directory for its socket: give path=PATH")
+		if v.Path = m.pub.vsockPath(cfg.Name); v.Path == "" {
+			return nil, errors.New("--vsock: the machine has no directory for its socket: give path=PATH")
 		}
 	}
-	if err := admit(ctx, cfg.Name, f.policy()); err != nil {
-		return err
+	if err := admit(ctx, cfg.Name, p.policy); err != nil {
+		return nil, err
 	}
-	if s := pub.stateKeeper(); s != nil && len(cfg.Disks)+cfg.DiskSlots > 0 {
-		if err := keepLayers(ctx, &cfg); err != nil {
-			return fmt.Errorf("layers of the machine's disks: %w", err)
+	if s := m.pub.stateKeeper(); s != nil && len(cfg.Disks)+cfg.DiskSlots > 0 {
+		if err := keepLayers(ctx, cfg); err != nil {
+			return nil, fmt.Errorf("layers of the machine's disks: %w", err)
 		}
-		defer os.Remove(filepath.Dir(cfg.DiskStates)) // fails if there are states
+		m.layers = filepath.Dir(cfg.DiskStates)
 	}
-	var r *requests
 	if !f.noPorts {
-		r = serveRequests(&cfg, pub.stateKeeper(), f.policy())
-		defer r.Close()
+		m.requests = serveRequests(cfg, m.pub.stateKeeper(), p.policy)
 	}
-	moreProcs(f.cpus)
-	g, err := guest.Start(ctx, cfg)
-	if err != nil {
-		return f.cause(ctx, err)
+	moreProcs(cfg.VCPUs)
+	if m.guest, err = guest.Start(ctx, *cfg); err != nil {
+		return nil, err
 	}
-	if err = r.attach(g); err == nil {
-		pub.attach(g, r)
-		err = f.session(ctx, g, cfg, sigs, p, bg)
+	if err := m.requests.attach(m.guest); err != nil {
+		return nil, err
 	}
-	p.done()
-	r.Close() // while what it asks for is still there
-	if cerr := g.Close(); err == nil {
-		err = cerr
-	}
-	f.report(g)
-	return f.cause(ctx, err)
+	m.pub.attach(m.guest, m.requests)
+	return m, nil
 }
 
-// moreProcs lets devices run beside vCPUs on hosts with few processors. A thread in
-// KVM_RUN keeps its place among those that GOMAXPROCS allows until the Go runtime
-// notices, which takes it up to 10 ms, and so long a request would wait
-// (docs/host.md). $GOMAXPROCS overrides it.
-func moreProcs(vcpus int) {
-	if _, set := os.LookupEnv("GOMAXPROCS"); !set && runtime.GOMAXPROCS(0) < vcpus+2 {
-		runtime.GOMAXPROCS(vcpus + 2)
+// end ends the machine; its name is still its own.
+func (m *started) end() error {
+	m.requests.Close() // while what it asks for is still there
+	var err error
+	if m.guest != nil {
+		err = m.guest.Close()
 	}
+	if m.layers != "" {
+		os.Remove(m.layers) // fails if there are states
+	}
+	return err
 }
 
 // cause turns the error of an interrupted run into what interrupted it.

@@ -468,27 +468,9 @@ func (r *schedRunner) sample(ctx context.Context, name string) (scheduler.Sample
 	r.infoMu.Lock()
 	r.infos[name] = info
 	r.infoMu.Unlock()
-	s := scheduler.Sample{Time: time.Now(), Paused: info.State == control.StatePaused}
-	if err := (linux.Proc{}).Read(linux.Process{PID: info.PID, Threads: info.Stats.Threads}, &s); err != nil {
+	s := sampleOf(&info)
+	if err := readTimes(&info, &s); err != nil {
 		return s, err
-	}
-	for _, n := range info.Stats.Exits {
-		s.Exits += n
-	}
-	for _, d := range info.Devices {
-		bytes, ops := d.Stats.Read.Bytes+d.Stats.Write.Bytes, d.Stats.Read.Ops+d.Stats.Write.Ops
-		switch d.Kind {
-		case "net":
-			s.NetBytes, s.NetPackets, s.NetHeld = s.NetBytes+bytes, s.NetPackets+ops, s.NetHeld+d.Stats.Throttled
-		case "disk":
-			s.DiskBytes, s.DiskOps, s.DiskHeld = s.DiskBytes+bytes, s.DiskOps+ops, s.DiskHeld+d.Stats.Throttled
-		}
-	}
-	if u := info.Use; u != nil {
-		s.MemoryUsed, s.MemoryActual = float64(u.Allocated), float64(u.Actual)
-	}
-	if q := info.Requests; q != nil && q.Marked != 0 {
-		s.MarkedFor = time.Until(time.Unix(0, q.Marked))
 	}
 	r.act.Pressure(name, &s)
 	return s, nil
@@ -624,18 +606,18 @@ func amountText(r scheduler.Resource, x float64) string {
 
 // schedControls reaches machines over their control sockets.
 type schedControls struct {
-	home *control.Home
-	m    *manager // whose connections are kept
+	home    *control.Home
+	clients *clients
 }
 
 func newSchedControls(home *control.Home) *schedControls {
-	return &schedControls{home: home, m: &manager{home: home, clients: map[string]*control.Client{}}}
+	return &schedControls{home: home, clients: newClients(home)}
 }
 
-func (c *schedControls) close() { c.m.close() }
+func (c *schedControls) close() { c.clients.Close() }
 
 func (c *schedControls) client(ctx context.Context, name string) (*control.Client, error) {
-	return c.m.client(ctx, name)
+	return c.clients.get(ctx, name)
 }
 
 func (c *schedControls) set(ctx context.Context, name string, limits map[string]uint64) error {

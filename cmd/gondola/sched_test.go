@@ -17,8 +17,8 @@ import (
 	"github.com/gondola-vmm/gondola/scheduler/sim"
 )
 
-// perform performs gondola with arguments and returns what it prints.
-func perform(t *testing.T, args ...string) (string, error) {
+// performed performs gondola with arguments and returns what it prints.
+func performed(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	var out bytes.Buffer
 	c := rootCommand()
@@ -53,13 +53,13 @@ func TestBounds(t *testing.T) {
 
 func TestSchedHistory(t *testing.T) {
 	dir := schedHome(t)
-	out, err := perform(t, "sched", "history")
+	out, err := performed(t, "sched", "history")
 	require.NoError(t, err)
 	assert.Equal(t, "nothing was decided\n", out)
-	out, err = perform(t, "sched", "history", "--json")
+	out, err = performed(t, "sched", "history", "--json")
 	require.NoError(t, err)
 	assert.JSONEq(t, "[]", out)
-	_, err = perform(t, "sched", "status")
+	_, err = performed(t, "sched", "status")
 	require.ErrorContains(t, err, "gondola sched run")
 
 	l, err := scheduler.OpenLog(filepath.Join(dir, decisionsFile), 0)
@@ -72,20 +72,20 @@ func TestSchedHistory(t *testing.T) {
 	require.NoError(t, l.Record(1, scheduler.Plan{Measured: []scheduler.Measured{{Decision: 1, Gain: 0.2, WaitBefore: 0.4, WaitAfter: 0.1, Kept: true}}}))
 	require.NoError(t, l.Close())
 	for _, name := range []string{"build", "web"} {
-		out, err = perform(t, "sched", "explain", name)
+		out, err = performed(t, "sched", "explain", name)
 		require.NoError(t, err)
 		assert.Contains(t, out, "#1 build gets 0.25 processors from web: waits 40 %?[2J", "and no control characters")
 		assert.Contains(t, out, "gained 0.20 processors, cost 0.00 processors, waits 10 % instead of 40 %: kept")
 		assert.NotContains(t, out, "other")
 	}
-	out, err = perform(t, "sched", "history", "--json", "-n", "1")
+	out, err = performed(t, "sched", "history", "--json", "-n", "1")
 	require.NoError(t, err)
 	var list []scheduler.Explained
 	require.NoError(t, json.Unmarshal([]byte(out), &list))
 	require.Len(t, list, 1)
 	assert.Equal(t, "other", list[0].Machine)
 	for _, bad := range [][]string{{"sched", "explain"}, {"sched", "explain", "a/b"}, {"sched", "history", "-n", "-1"}, {"sched", "run", "--interval", "1ms"}, {"sched", "run", "--set", "x"}, {"sched", "run", "--cpus", "-1"}} {
-		_, err := perform(t, bad...)
+		_, err := performed(t, bad...)
 		var usage usageError
 		assert.ErrorAs(t, err, &usage, "%v", bad)
 	}
@@ -95,20 +95,20 @@ func TestSchedHistory(t *testing.T) {
 func TestSchedRunsAlone(t *testing.T) {
 	dir := schedHome(t)
 	path := filepath.Join(t.TempDir(), "trace")
-	out, err := perform(t, "sched", "run", "--once", "--dry-run", "--json", "--interval", "100ms", "--record", path)
+	out, err := performed(t, "sched", "run", "--once", "--dry-run", "--json", "--interval", "100ms", "--record", path)
 	require.NoError(t, err)
 	assert.Contains(t, out, `"allocations":[]`)
-	out, err = perform(t, "sched", "status")
+	out, err = performed(t, "sched", "status")
 	require.NoError(t, err)
 	assert.Contains(t, out, "no scheduler is running")
 	lock, err := lockSched(dir)
 	require.NoError(t, err)
 	defer lock.Close()
-	_, err = perform(t, "sched", "run", "--once")
+	_, err = performed(t, "sched", "run", "--once")
 	require.ErrorIs(t, err, errSchedRuns)
-	_, err = perform(t, "sched", "reset")
+	_, err = performed(t, "sched", "reset")
 	require.ErrorIs(t, err, errSchedRuns)
-	out, err = perform(t, "sched", "status", "--json")
+	out, err = performed(t, "sched", "status", "--json")
 	require.NoError(t, err)
 	assert.Contains(t, out, `"running": true`)
 }
@@ -134,13 +134,13 @@ func TestSim(t *testing.T) {
 	dir := t.TempDir()
 	trace := "../../testdata/traces/six-machines.jsonl"
 	for name, magic := range map[string]string{"x.svg": "<?xml", "x.png": "\x89PNG", "x.pdf": "%PDF"} {
-		_, err := perform(t, "sim", trace, "--seconds", "2", "--policy", "linux,activity", "-q", "-o", filepath.Join(dir, name))
+		_, err := performed(t, "sim", trace, "--seconds", "2", "--policy", "linux,activity", "-q", "-o", filepath.Join(dir, name))
 		require.NoError(t, err)
 		b, err := os.ReadFile(filepath.Join(dir, name))
 		require.NoError(t, err)
 		assert.True(t, bytes.HasPrefix(b, []byte(magic)), name)
 	}
-	out, err := perform(t, "sim", trace, "-q", "--json", "--policy", "linux,roundrobin,priority,activity")
+	out, err := performed(t, "sim", trace, "-q", "--json", "--policy", "linux,roundrobin,priority,activity")
 	require.NoError(t, err)
 	var rs []sim.Result
 	require.NoError(t, json.Unmarshal([]byte(out), &rs))
@@ -149,14 +149,14 @@ func TestSim(t *testing.T) {
 		assert.Equal(t, 6, r.Machines)
 		assert.Greater(t, r.Utilisation, 0.5, r.Policy)
 	}
-	out, err = perform(t, "sim", trace, "-q", "--seconds", "3")
+	out, err = performed(t, "sim", trace, "-q", "--seconds", "3")
 	require.NoError(t, err)
 	assert.Contains(t, out, "6 machines on 1 hosts for 3s")
 	for _, bad := range [][]string{{}, {trace, "--synthetic", "x"}, {"--synthetic", "cats=1"}, {trace, "--policy", "astrology"}, {trace, "-o", "x.gif"}, {trace, "--hosts", "0"}} {
-		_, err := perform(t, append([]string{"sim", "-q"}, bad...)...)
+		_, err := performed(t, append([]string{"sim", "-q"}, bad...)...)
 		var usage usageError
 		assert.ErrorAs(t, err, &usage, "%v", bad)
 	}
-	_, err = perform(t, "sim", "../../go.mod", "-q")
+	_, err = performed(t, "sim", "../../go.mod", "-q")
 	assert.ErrorIs(t, err, sim.ErrTrace)
 }

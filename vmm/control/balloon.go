@@ -162,9 +162,9 @@ func (s *Server) balloon(c *proto.Call, req *BalloonRequest) (any, error) {
 		}
 	}
 	r := memory(m, req.PSS)
-	r.Cheated, r.Policy = cheated, s.cfg.Info.Policy
+	r.Cheated = cheated
 	s.mu.Lock()
-	r.Paused = s.paused
+	r.Paused, r.Policy = s.paused, s.cfg.Info.Policy
 	s.mu.Unlock()
 	return r, nil
 }

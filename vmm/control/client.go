@@ -61,6 +61,12 @@ func (c *Client) Pause(ctx context.Context) error { return c.Conn().Do(ctx, OpPa
 // Resume lets a paused machine go on.
 func (c *Client) Resume(ctx context.Context) error { return c.Conn().Do(ctx, OpResume, nil, nil) }
 
+// SetPolicy changes the machine's part in the division of the host's resources, but
+// for what is zero, and returns what holds then.
+func (c *Client) SetPolicy(ctx context.Context, p Policy) (now Policy, err error) {
+	return now, c.Conn().Do(ctx, OpPolicy, p, &now)
+}
+
 // Limits changes the rate limits of the machine's devices, all or none of them,
 // and returns what holds then.
 func (c *Client) Limits(ctx context.Context, change ...Limit) (devices []iostat.Info, err error) {

@@ -28,6 +28,7 @@ const (
 	OpPause  = "machine.pause"  // no arguments, empty reply
 	OpResume = "machine.resume" // no arguments, empty reply
 
+	OpPolicy     = "machine.policy"      // Policy → Policy: what holds then; zeros stay as they are
 	OpCounters   = "machine.counters"    // no arguments → Info without what takes long to count
 	OpLimits     = "machine.limits"      // LimitsRequest → []iostat.Info
 	OpDiskAttach = "machine.disk.attach" // Disk → DiskAttached
@@ -66,6 +67,9 @@ type Info struct {
 	Use *Memory `cbor:"40,keyasint,omitempty" json:"memory_use,omitempty"`
 	// Policy is its part in the division of the host's memory (gondola manager).
 	Policy Policy `cbor:"41,keyasint,omitempty" json:"memory_policy"`
+	// Labels are the words of who started it, for those who look after many
+	// machines (gondola run --label).
+	Labels map[string]string `cbor:"42,keyasint,omitempty" json:"labels,omitempty"`
 	// Devices are the disks and networks with their counters.
 	Devices []iostat.Info `cbor:"14,keyasint,omitempty" json:"devices,omitempty"`
 }

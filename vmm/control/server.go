@@ -247,6 +247,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		OpPause:  handle(s.pause),
 		OpResume: handle(s.resume),
 
+		OpPolicy:     handle(s.policy),
 		OpBalloon:    handle(s.balloon),
 		OpCounters:   handle(s.counters),
 		OpResources:  handle(s.resources),
@@ -346,8 +347,8 @@ func (s *Server) counters(*proto.Call, *struct{}) (any, error) { return s.descri
 // describe describes the machine; pss tells whether its memory is to be counted page by
 // page.
 func (s *Server) describe(pss bool) Info {
-	info := s.cfg.Info
 	s.mu.Lock()
+	info := s.cfg.Info
 	info.Clients = len(s.clients)
 	paused, stopping := s.paused, s.stopping > 0
 	s.mu.Unlock()
@@ -366,6 +367,23 @@ func (s *Server) describe(pss bool) Info {
 		info.State = StateStopping
 	}
 	return info
+}
+
+// policy performs OpPolicy. What the bounds make of the memory is the manager's to
+// see to; the device's own minimum stays.
+func (s *Server) policy(_ *proto.Call, req *Policy) (any, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := &s.cfg.Info.Policy
+	next := Policy{
+		Shares: cmp.Or(req.Shares, p.Shares), Min: cmp.Or(req.Min, p.Min), Max: cmp.Or(req.Max, p.Max),
+		TimeCritical: p.TimeCritical,
+	}
+	if memory := s.cfg.Info.Memory; next.Min > cmp.Or(next.Max, memory) || next.Max > memory {
+		return nil, badRequest(fmt.Errorf("at least %d and at most %d bytes for a machine of %d: want minimum ≤ maximum ≤ its memory", next.Min, next.Max, memory))
+	}
+	*p = next
+	return next, nil
 }
 
 // state is that of an attached machine.
