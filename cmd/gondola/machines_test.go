@@ -207,8 +207,8 @@ func TestPS(t *testing.T) {
 	require.Zero(t, r.code, r.stderr)
 	lines := strings.Split(strings.TrimSpace(r.stdout), "\n")
 	require.Len(t, lines, 4)
-	assert.Regexp(t, fmt.Sprintf(`^alpha +%d +running +1 +1G +- +- +- +hardware +\d+s +-$`, os.Getpid()), lines[1])
-	assert.Regexp(t, `^beta .* running +2 +256M +- +- +- +pvm +\d+s +sh -c evil \?\[2Jx+…$`, lines[2])
+	assert.Regexp(t, fmt.Sprintf(`^alpha +%d +running +1 +1G +- +- +- +- +hardware +\d+s +-$`, os.Getpid()), lines[1])
+	assert.Regexp(t, `^beta .* running +2 +256M +- +- +- +- +pvm +\d+s +sh -c evil \?\[2Jx+…$`, lines[2])
 	assert.Regexp(t, `^silent +\d+ +silent `, lines[3])
 	assert.NotContains(t, r.stdout, "\x1b")
 
