@@ -32,9 +32,14 @@ var ErrClosed = errors.New("the machine's states are closed")
 
 // Config of a Manager.
 type Config struct {
-	// VM is the machine. All of its memory's changes since Base are noted, if
-	// there is a Base (Start).
+	// VM is the machine.
 	VM *vmm.VM
+	// Base, if set, is the state that the machine was made from (Start): its current
+	// state, which the Manager closes.
+	Base *store.State
+	// Machine is kept with each state: what a machine must be like to be made from it
+	// (store.Meta).
+	Machine map[string]string
 	// Store is where its states are. The Manager does not close it.
 	Store *store.Store
 	// Restored, if set, is called when the machine has been put back to a state
@@ -69,9 +74,52 @@ type Manager struct {
 	current   string
 }
 
-// New makes a manager of a machine that has no current state.
+// New makes a manager of a machine.
 func New(cfg Config) *Manager {
-	return &Manager{cfg: cfg, sem: make(chan struct{}, 1), listeners: map[int]func(Event){}}
+	m := &Manager{cfg: cfg, sem: make(chan struct{}, 1), listeners: map[int]func(Event){}}
+	if cfg.Base != nil {
+		_ = m.setCurrent(cfg.Base, nil) // closes nothing
+	}
+	return m
+}
+
+// Start puts a machine that was made with the state's memory (vmm.Config.Image:
+// st.Memory()) and has not run into the rest of the state, which is checked first. It
+// runs on from there with vmm.VM.Run. restored is Config.Restored. Errors match
+// vmm.ErrState or store.ErrDamaged, or are those of vmm.Frozen.Load.
+func Start(ctx context.Context, vm *vmm.VM, st *store.State, restored func()) error {
+	s, err := Sections(st)
+	if err != nil {
+		return err
+	}
+	p, err := vm.Prepare(s)
+	if err != nil {
+		return fmt.Errorf("state %q: %w", st.Info().Name, err)
+	}
+	return vm.Freeze(ctx, func(f *vmm.Frozen) error {
+		if err := f.Load(p, func() error { return nil }); err != nil {
+			return err
+		}
+		if restored != nil {
+			restored()
+		}
+		return nil
+	})
+}
+
+// baseline begins to note changes, if that has not begun. What a machine that was made
+// from its current state changed so far, its memory tells.
+func (m *Manager) baseline(f *vmm.Frozen) (err error) {
+	if f.Tracking() {
+		return nil
+	}
+	if m.cur != nil {
+		if m.changed, err = f.Memory().Changed(m.changed); err != nil {
+			m.forget()
+			return err
+		}
+	}
+	return f.TrackDirty()
 }
 
 // Close frees what the manager has; saves and restores under way come first. It is
@@ -192,7 +240,7 @@ func (m *Manager) Save(ctx context.Context, o SaveOptions) (info store.Info, t T
 
 func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pause time.Duration, err error) {
 	vm := m.cfg.VM
-	meta := store.Meta{Name: o.Name, Description: o.Description, Tags: o.Tags}
+	meta := store.Meta{Name: o.Name, Description: o.Description, Tags: o.Tags, Machine: m.cfg.Machine}
 	for _, r := range vm.Memory().Regions() {
 		meta.Memory = append(meta.Memory, r.Range)
 	}
@@ -227,6 +275,9 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 				return err
 			}
 		} else {
+			if err := m.baseline(f); err != nil {
+				return err
+			}
 			if m.changed, err = f.TakeDirty(m.changed); err != nil {
 				m.forget()
 				return err
@@ -338,8 +389,8 @@ func markRanges(memory *mem.Memory, dirty []uint64, ranges []mem.Range) {
 	}
 }
 
-// sections reads all of a state's.
-func sections(st *store.State) (*vmm.State, error) {
+// Sections reads all of a state but its memory.
+func Sections(st *store.State) (*vmm.State, error) {
 	s := &vmm.State{}
 	for _, name := range st.Sections() {
 		version, data, err := st.Section(name)
@@ -398,7 +449,7 @@ func (m *Manager) restore(ctx context.Context, name string) (info store.Info, pa
 		diff = regions
 	}
 	if p == nil {
-		s, err := sections(st)
+		s, err := Sections(st)
 		if err == nil {
 			p, err = vm.Prepare(s)
 		}
@@ -412,10 +463,8 @@ func (m *Manager) restore(ctx context.Context, name string) (info store.Info, pa
 	begin := time.Now()
 	err = vm.Freeze(ctx, func(f *vmm.Frozen) error {
 		begin = time.Now()
-		if m.cur == nil {
-			if err := f.TrackDirty(); err != nil {
-				return err
-			}
+		if err := m.baseline(f); err != nil {
+			return err
 		}
 		if m.changed, err = f.TakeDirty(m.changed); err != nil {
 			m.forget()

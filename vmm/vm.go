@@ -173,7 +173,7 @@ func (vm *VM) create(sys *kvm.System) (err error) {
 	}
 	vm.tscDeadline = d > 0
 
-	if vm.mem, err = mem.New(vm.cfg.Memory, mem.Options{HugePages: vm.cfg.HugePages}); err != nil {
+	if vm.mem, err = mem.New(vm.cfg.Memory, mem.Options{HugePages: vm.cfg.HugePages, Source: vm.cfg.Image}); err != nil {
 		return err
 	}
 	if vm.kvm, err = createVM(sys); err != nil {
@@ -236,10 +236,13 @@ func mapMemory(k *kvm.VM, m *mem.Memory, flags uint32) error {
 	return nil
 }
 
-// load fills memory through the configuration's loader.
+// load fills memory through the configuration's loader, unless it came from a state.
 func (vm *VM) load() (err error) {
 	if vm.host == HostPVM && !vm.cfg.NoHostCmdline {
 		vm.cmdline = pvmCmdline
+	}
+	if vm.cfg.Image != nil {
+		return nil
 	}
 	vm.entry, err = vm.cfg.Boot.Load(firmware.Machine{
 		Memory:   vm.mem,
