@@ -213,6 +213,12 @@ type SaveOptions struct {
 	// Progress, if set, is told how many bytes of memory have been taken, of how
 	// many. It must not wait.
 	Progress func(done, total uint64)
+	// Taken, if set, is called when the machine is about to go on: what it does from
+	// then on is not in the state.
+	Taken func()
+	// Last says that changes need not be noted for the next save, which would slow
+	// the machine down: the Manager is about to be closed.
+	Last bool
 }
 
 // Times of a save.
@@ -287,8 +293,13 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 		if err := putRanges(ctx, w, f.Memory(), ranges, o.Progress); err != nil {
 			return err
 		}
-		if m.cur == nil {
-			return f.TrackDirty()
+		if m.cur == nil && !o.Last {
+			if err := f.TrackDirty(); err != nil {
+				return err
+			}
+		}
+		if o.Taken != nil {
+			o.Taken()
 		}
 		return nil
 	})
@@ -304,6 +315,9 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 		return info, pause, err
 	}
 	committed = true
+	if o.Last {
+		return info, pause, nil
+	}
 	st, err := m.cfg.Store.GetID(context.WithoutCancel(ctx), info.ID)
 	if err != nil {
 		// It is saved; that it cannot be opened makes the next save a full one.

@@ -38,31 +38,31 @@ func outputFile(home, name string) string { return filepath.Join(home, ".output-
 // says how much that is.
 const maxOutput = 16 << 20
 
-// detach starts gondola's own command line again in the background and waits
-// until the machine is ready.
-func detach(ctx context.Context, quiet bool) error {
+// detach starts gondola with a command line in the background, waits until the
+// machine is ready, and returns its name.
+func detach(ctx context.Context, args []string, quiet bool) (string, error) {
 	home, err := openHome()
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer home.Close()
 	out, err := os.CreateTemp(home.Path(), ".starting-*")
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer os.Remove(out.Name()) // fails if the machine has taken it
 	defer out.Close()
 	r, w, err := os.Pipe()
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer r.Close()
 	// The child appends, so that the file can be cut.
 	if _, err := unix.FcntlInt(out.Fd(), unix.F_SETFL, unix.O_APPEND); err != nil {
 		w.Close()
-		return fmt.Errorf("%s: %w", out.Name(), err)
+		return "", fmt.Errorf("%s: %w", out.Name(), err)
 	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), envBackground+"="+out.Name())
 	cmd.Stdout, cmd.Stderr = out, out
@@ -71,7 +71,7 @@ func detach(ctx context.Context, quiet bool) error {
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
-		return fmt.Errorf("start in the background: %w", err)
+		return "", fmt.Errorf("start in the background: %w", err)
 	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
@@ -80,21 +80,20 @@ func detach(ctx context.Context, quiet bool) error {
 	})()
 	name := follow(r, quiet)
 	if name != "" {
-		fmt.Println(name)
-		return cmd.Process.Release()
+		return name, cmd.Process.Release()
 	}
 	err = cmd.Wait()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
-		return err
+		return "", err
 	}
 	if _, err := out.Seek(0, io.SeekStart); err == nil {
 		_, _ = io.Copy(os.Stderr, io.LimitReader(out, 64<<10)) // an explanation, if there is one
 	}
 	if code := cmd.ProcessState.ExitCode(); code > 0 {
-		return exitCode(code)
+		return "", exitCode(code)
 	}
-	return fmt.Errorf("the machine ended before it was ready: %v", cmd.ProcessState)
+	return "", fmt.Errorf("the machine ended before it was ready: %v", cmd.ProcessState)
 }
 
 // follow shows a child's reports until the machine is ready, and returns its

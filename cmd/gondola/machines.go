@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/control"
 	"github.com/gondola-vmm/gondola/vmm/guest"
@@ -103,6 +104,7 @@ type publication struct {
 	background *background
 	interrupt  context.CancelCauseFunc // ends the machine's start
 	policy     control.Policy
+	quota      store.Options // of the machine's states
 }
 
 // published is a machine that others can see; nil where that is not possible.
@@ -147,7 +149,7 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 			return nil, errors.Join(err, dir.Close(), home.Close())
 		}
 	}
-	states := newStates(dir.Name())
+	states := newStates(dir.Name(), p.quota)
 	server, err := control.Serve(dir, control.Config{
 		Ops:  states.ops(),
 		Info: info, Log: log, Software: "gondola " + buildVersion(),
@@ -178,9 +180,9 @@ func (p *published) stateKeeper() *states {
 }
 
 // attach connects the machine when it runs.
-func (p *published) attach(g *guest.Guest, r *requests) {
+func (p *published) attach(g *guest.Guest, cfg guest.Config, r *requests) {
 	if p != nil {
-		p.states.attach(g)
+		p.states.attach(g, cfg.Shape())
 		p.server.Attach(controlled{g, r})
 	}
 }

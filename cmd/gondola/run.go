@@ -22,6 +22,7 @@ import (
 	"github.com/gondola-vmm/gondola/cmd/gondola/internal/term"
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/control"
 	"github.com/gondola-vmm/gondola/vmm/guest"
@@ -47,6 +48,9 @@ type runFlags struct {
 	noBalloon                     bool
 	shares                        uint64
 	memoryMin, memoryMax          memorySize
+	from                          string // MACHINE@STATE
+	prefetch, cold, clone         bool
+	quota                         store.Options
 	commandFlags
 }
 
@@ -78,6 +82,12 @@ Programs in the guest can ask their machine for something over port A and are to
 on port B (docs/ports.md); what they may have, gondola auth says, and what they
 asked for is in audit.log in $XDG_STATE_HOME/gondola/machines/NAME (or ~/.local/state).
 
+The first start of a machine of its kind boots, and keeps its state just after the
+boot; later ones start from there, in a fraction of the time, each with random
+numbers, time and a name of its own. --cold boots in any case; gondola cache shows
+and removes what is kept. With --from, the machine starts from a state that gondola
+state save made.
+
 The guest kernel is built on first use (gondola kernel). On a PVM host (see
 gondola doctor) words are added to the kernel's command line; --debug cmdline
 shows them, --no-host-cmdline leaves them out.`,
@@ -87,11 +97,16 @@ shows them, --no-host-cmdline leaves them out.`,
   echo 'ps; mount' | gondola run
   gondola run --disk root.img,cow --disk data.img,serial=data -- mount -t ext4 /dev/vda /mnt
   gondola run --net user -p 8080:80 -- httpd -f
+  gondola run --from dev@clean -- make test
   gondola run --kernel vmlinuz --console serial`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			f.named = cmd.Flags().Changed("name")
-			return f.run(cmd.Context(), args)
+			f.named = cmd.Flags().Changed("name") && !f.clone
+			o, err := f.openFrom(cmd.Context(), cmd.Flags())
+			if err != nil {
+				return err
+			}
+			return errors.Join(f.run(cmd.Context(), args, o), o.Close())
 		},
 	}
 	fl := c.Flags()
@@ -122,6 +137,12 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.Uint64Var(&f.shares, "shares", control.DefaultShares, "part in the division of the host's memory (gondola manager)")
 	fl.Var(&f.memoryMin, "memory-min", "memory that is never taken, and must be there for a start (default half of it)")
 	fl.Var(&f.memoryMax, "memory-max", "memory that the manager gives at most (default all of it)")
+	fl.StringVar(&f.from, "from", "", "start from a saved state, MACHINE@STATE, instead of booting")
+	fl.BoolVar(&f.prefetch, "prefetch", false, "with --from: read the state's memory ahead of its use")
+	fl.BoolVar(&f.cold, "cold", false, "boot, also if a state just after the boot is kept (gondola cache)")
+	fl.BoolVar(&f.clone, "clone", false, "choose another name if --name is in use")
+	_ = fl.MarkHidden("clone") // it is there
+	registerQuota(fl, &f.quota)
 	fl.DurationVar(&f.timeout, "timeout", 0, "end the machine after this time, with exit code 124")
 	fl.StringSliceVar(&f.debug, "debug", nil, "at the end, show: "+strings.Join(debugTopics, ", "))
 	choices := func(name string, vs ...string) {
@@ -232,14 +253,18 @@ var errTimeout = errors.New("the time given with --timeout is over")
 // it.
 const exitTimeout = 124
 
-func (f *runFlags) run(ctx context.Context, args []string) error {
+func (f *runFlags) run(ctx context.Context, args []string, from *origin) error {
 	cfg, err := f.config(args)
 	if err != nil {
 		return err
 	}
 	bg := inherited()
 	if f.detach && bg == nil {
-		return detach(ctx, f.quiet)
+		name, err := detach(ctx, os.Args[1:], f.quiet)
+		if err == nil {
+			fmt.Println(name)
+		}
+		return err
 	}
 	if f.timeout > 0 {
 		var cancel context.CancelFunc
@@ -260,7 +285,7 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	// The window of a terminal is known before the guest is.
 	cfg.Rows, cfg.Cols, _ = term.Size(os.Stdin)
-	pub, err := publish(&cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt, policy: f.policy()})
+	pub, err := publish(&cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt, policy: f.policy(), quota: f.quota})
 	if err != nil {
 		return err
 	}
@@ -273,13 +298,18 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 		r = serveRequests(&cfg, pub.stateKeeper())
 		defer r.Close()
 	}
-	g, err := guest.Start(ctx, cfg)
+	if err := from.inherit(ctx, &cfg, p); err != nil {
+		return f.cause(ctx, err)
+	}
+	g, warm, err := f.start(ctx, &cfg)
+	defer warm.Close()
 	if err != nil {
 		return f.cause(ctx, err)
 	}
+	from.give(pub.stateKeeper())
 	if err = r.attach(g); err == nil {
-		pub.attach(g, r)
-		err = f.session(ctx, g, cfg, sigs, p, bg)
+		pub.attach(g, cfg, r)
+		err = f.session(ctx, g, cfg, sigs, p, bg, warm)
 	}
 	p.done()
 	r.Close() // while what it asks for is still there
@@ -306,7 +336,7 @@ func (f *runFlags) cause(ctx context.Context, err error) error {
 }
 
 // session lets the user, or the command, use the guest until one of them ends.
-func (f *runFlags) session(ctx context.Context, g *guest.Guest, cfg guest.Config, sigs *signals, p *progress, bg *background) error {
+func (f *runFlags) session(ctx context.Context, g *guest.Guest, cfg guest.Config, sigs *signals, p *progress, bg *background, warm *warm) error {
 	if cfg.Console != guest.NoConsole {
 		return f.attach(ctx, g, sigs, p)
 	}
@@ -321,6 +351,7 @@ func (f *runFlags) session(ctx context.Context, g *guest.Guest, cfg guest.Config
 		}
 		return err
 	}
+	warm.keep(ctx, g)
 	p.done()
 	slim()
 	if bg != nil {

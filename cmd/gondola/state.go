@@ -194,7 +194,7 @@ func completeState(cmd *cobra.Command, args []string, word string) ([]string, co
 	if len(args) == 0 {
 		return completeMachine(cmd, args, word)
 	}
-	s, err := openStates(args[0], false)
+	s, err := openStates(args[0], false, store.Options{})
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveError
 	}
@@ -217,7 +217,7 @@ func withStates(machine string, f func(*store.Store) error) error {
 	if err := control.CheckName(machine); err != nil {
 		return usageError{err}
 	}
-	s, err := openStates(machine, false)
+	s, err := openStates(machine, false, store.Options{})
 	if err != nil {
 		return err
 	}
@@ -562,6 +562,7 @@ func stateExportCommand() *cobra.Command {
 
 func stateImportCommand() *cobra.Command {
 	var name string
+	var quota store.Options
 	c := &cobra.Command{
 		Use:     "import [flags] MACHINE FILE",
 		Short:   "Take a state from a file that export wrote; - is standard input",
@@ -590,7 +591,7 @@ func stateImportCommand() *cobra.Command {
 				defer f.Close()
 				in = f
 			}
-			s, err := openStates(args[0], true)
+			s, err := openStates(args[0], true, quota)
 			if err != nil {
 				return err
 			}
@@ -603,6 +604,7 @@ func stateImportCommand() *cobra.Command {
 			return err
 		},
 	}
+	registerQuota(c.Flags(), &quota)
 	c.Flags().StringVar(&name, "name", "", "name of the state here (default the one it was exported with)")
 	return c
 }

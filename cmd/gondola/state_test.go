@@ -36,7 +36,7 @@ func TestStateCommands(t *testing.T) {
 	_, err := stateTest("list", "dev")
 	assert.ErrorContains(t, err, "has no states")
 
-	s, err := openStates("dev", true)
+	s, err := openStates("dev", true, store.Options{})
 	require.NoError(t, err)
 	parent := ""
 	for _, name := range []string{"root", "leaf", "other"} {
