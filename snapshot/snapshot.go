@@ -216,6 +216,10 @@ type SaveOptions struct {
 	// Taken, if set, is called when the machine is about to go on: what it does from
 	// then on is not in the state.
 	Taken func()
+	// Still makes the machine stand still while all of its changed memory is copied.
+	// Otherwise most of that is copied before, while it runs on: the state is the
+	// machine's at the end of the copying.
+	Still bool
 	// Last says that changes need not be noted for the next save, which would slow
 	// the machine down: the Manager is about to be closed.
 	Last bool
@@ -227,8 +231,9 @@ type Times struct {
 	Total time.Duration
 }
 
-// Save saves the machine's state. It stands still while its changed memory is
-// copied, and goes on while that is written to disk. When Save returns without an
+// Save saves the machine's state. Changed memory is copied while the machine runs, and
+// what it changes meanwhile again, until little is left; for that it stands still, and
+// goes on while the last of it is written to disk. When Save returns without an
 // error, the state is there for good; with one, there is none, and nothing else has
 // changed. The error is the store's (store.ErrExists, store.ErrQuota, …), the
 // machine's (vmm.ErrEnded, vmm.ErrNotSavable) or ctx's.
@@ -263,6 +268,22 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 			err = errors.Join(err, w.Abort())
 		}
 	}()
+	var left []uint64 // pages to be copied when the machine stands still; nil: all
+	var before time.Duration
+	progress := o.Progress
+	if o.Progress != nil { // only of the first, the long, part
+		progress = func(done, total uint64) {
+			o.Progress(done, total)
+			if done == total {
+				progress = nil
+			}
+		}
+	}
+	if !o.Still && !o.Last {
+		if left, before, err = m.precopy(ctx, w, progress); err != nil {
+			return info, before, err
+		}
+	}
 	begin := time.Now()
 	err = vm.Freeze(ctx, func(f *vmm.Frozen) error {
 		begin = time.Now()
@@ -276,11 +297,19 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 			}
 		}
 		var ranges []mem.Range
-		if m.cur == nil {
+		switch {
+		case left != nil:
+			if left, err = f.TakeDirty(left); err != nil {
+				m.forget()
+				return err
+			}
+			m.note(left)
+			ranges = dirtyRanges(f.Memory(), left)
+		case m.cur == nil:
 			if ranges, err = f.Memory().Populated(); err != nil {
 				return err
 			}
-		} else {
+		default:
 			if err := m.baseline(f); err != nil {
 				return err
 			}
@@ -290,7 +319,7 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 			}
 			ranges = dirtyRanges(f.Memory(), m.changed)
 		}
-		if err := putRanges(ctx, w, f.Memory(), ranges, o.Progress); err != nil {
+		if err := putRanges(ctx, w, f.Memory(), ranges, progress); err != nil {
 			return err
 		}
 		if m.cur == nil && !o.Last {
@@ -303,7 +332,7 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 		}
 		return nil
 	})
-	pause = time.Since(begin)
+	pause = before + time.Since(begin)
 	if err != nil {
 		return info, pause, err
 	}
@@ -325,6 +354,112 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 		return info, pause, nil
 	}
 	return info, pause, m.setCurrent(st, nil)
+}
+
+// Bounds of what is copied while the machine runs.
+const (
+	// fewPages is how many pages are worth no further round: they are copied in a
+	// millisecond or two.
+	fewPages = 512
+	// maxRounds bounds the rounds; a machine that changes memory as fast as it is
+	// copied stands still for the rest.
+	maxRounds = 12
+)
+
+// note adds pages to those that changed since the current state.
+func (m *Manager) note(pages []uint64) {
+	if m.cur == nil {
+		return
+	}
+	if short := len(pages) - len(m.changed); short > 0 {
+		m.changed = append(m.changed, make([]uint64, short)...)
+	}
+	for i, v := range pages {
+		m.changed[i] |= v
+	}
+}
+
+// precopy gives memory to the writer while the machine runs, again and again what has
+// changed meanwhile, until little is left. That is returned, for when the machine
+// stands still, with what the VMM itself wrote: that may have been copied too early
+// (vmm.Live). Pages that the guest writes to while they are copied are among what has
+// changed. pause is how long the machine stood still.
+func (m *Manager) precopy(ctx context.Context, w *store.Writer, progress func(done, total uint64)) (left []uint64, pause time.Duration, err error) {
+	freeze := func(f func(f *vmm.Frozen) error) error {
+		return m.cfg.VM.Freeze(ctx, func(fr *vmm.Frozen) error {
+			begin := time.Now()
+			defer func() { pause += time.Since(begin) }()
+			return f(fr)
+		})
+	}
+	// From here on changes are noted.
+	if err := freeze(func(f *vmm.Frozen) error {
+		if m.cur == nil {
+			return f.TrackDirty()
+		}
+		return m.baseline(f)
+	}); err != nil {
+		return nil, pause, err
+	}
+	err = m.cfg.VM.Live(ctx, func(ctx context.Context, l *vmm.Live) (err error) {
+		memory := l.Memory()
+		var own, dirty []uint64
+		take := func() (err error) {
+			clear(dirty)
+			if dirty, own, err = l.TakeDirty(dirty, own); err != nil {
+				m.forget()
+			}
+			m.note(dirty)
+			return err
+		}
+		var ranges []mem.Range // to be copied next
+		if m.cur == nil {
+			// What there is by now; what comes later is a change.
+			if ranges, err = memory.Populated(); err != nil {
+				return err
+			}
+		} else {
+			if err := take(); err != nil {
+				return err
+			}
+			ranges = dirtyRanges(memory, m.changed)
+		}
+		for rounds, last := 0, ^uint64(0); rounds < maxRounds; rounds++ {
+			n := pagesOf(ranges)
+			if n <= fewPages || n >= last {
+				if mem.DirtyPages(own) <= fewPages {
+					break
+				}
+				// When the machine has stood still, the VMM has written all that it
+				// was about to.
+				if err := freeze(func(*vmm.Frozen) error { return nil }); err != nil {
+					return err
+				}
+				markRanges(memory, own, ranges)
+				ranges, own = dirtyRanges(memory, own), nil
+				n = ^uint64(0) // it is no sign of too little progress
+			}
+			if err := putRanges(ctx, w, memory, ranges, progress); err != nil {
+				return err
+			}
+			if err := take(); err != nil {
+				return err
+			}
+			last, progress, ranges = n, nil, dirtyRanges(memory, dirty)
+		}
+		left = make([]uint64, (memory.Size()/mem.PageSize+63)/64)
+		copy(left, own)
+		markRanges(memory, left, ranges)
+		return nil
+	})
+	return left, pause, err
+}
+
+func pagesOf(rs []mem.Range) (n uint64) {
+	for _, r := range rs {
+		n += r.Size / mem.PageSize
+	}
+	return n
 }
 
 // forget makes the machine one without a current state.

@@ -84,8 +84,10 @@ type VM struct {
 	paused  bool
 	// quiesced: the devices do not touch guest memory.
 	quiesced bool
-	busy     bool  // in Freeze
-	exit     *Exit // how the run ended
+	busy     bool          // in Freeze
+	live     int           // calls of Live
+	exit     *Exit         // how the run ended
+	ending   chan struct{} // closed when Close begins
 	closed   chan struct{}
 
 	// What follows belongs to whoever has the machine frozen.
@@ -122,7 +124,7 @@ func New(cfg Config) (_ *VM, err error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	vm := &VM{cfg: cfg, nextMMIO: firmware.MMIOBase, closed: make(chan struct{})}
+	vm := &VM{cfg: cfg, nextMMIO: firmware.MMIOBase, ending: make(chan struct{}), closed: make(chan struct{})}
 	vm.changed = sync.NewCond(&vm.mu)
 	defer func() {
 		if err != nil {
@@ -423,8 +425,9 @@ func (vm *VM) Close() error {
 	if vm.exit == nil {
 		vm.exit = &Exit{Reason: Stopped, VCPU: -1}
 	}
+	close(vm.ending)
 	vm.setWant(wantClose)
-	for vm.busy {
+	for vm.busy || vm.live > 0 {
 		vm.changed.Wait()
 	}
 	vm.mu.Unlock()

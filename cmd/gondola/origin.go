@@ -139,7 +139,7 @@ func (f *runFlags) openFrom(ctx context.Context, given *pflag.FlagSet) (*origin,
 		return nil, err
 	}
 	o.prefetch = f.prefetch
-	if !f.named {
+	if !given.Changed("name") {
 		f.name = machine
 	}
 	f.memory, f.cpus, f.noPorts, f.noBalloon, f.rng = memorySize(o.shape.Memory), o.shape.VCPUs, !o.shape.Ports, o.shape.NoBalloon, o.shape.RNG

@@ -51,6 +51,7 @@ type runFlags struct {
 	from                          string // MACHINE@STATE
 	prefetch, cold, clone         bool
 	quota                         store.Options
+	looked                        string // for --debug times
 	commandFlags
 }
 
@@ -306,6 +307,7 @@ func (f *runFlags) run(ctx context.Context, args []string, from *origin) error {
 	if err != nil {
 		return f.cause(ctx, err)
 	}
+	f.looked = warm.lookedFor()
 	from.give(pub.stateKeeper())
 	if err = r.attach(g); err == nil {
 		pub.attach(g, cfg, r)
@@ -457,6 +459,9 @@ func (f *runFlags) exec(ctx context.Context, g *guest.Guest, cfg guest.Config, s
 // shutdown asks the guest to end, and does not wait for one that is slow: nothing
 // of a fresh machine outlives it.
 func (f *runFlags) shutdown(g *guest.Guest) {
+	if len(f.disks) == 0 && f.diskSlots == 0 && f.net == "none" {
+		return // nobody waits for anything of it
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	_ = g.Shutdown(ctx)
@@ -473,6 +478,9 @@ func (f *runFlags) report(g *guest.Guest) {
 			t := g.Times()
 			fmt.Fprintf(w, "files %v, machine %v, boot to agent %v\n",
 				t.Files.Round(time.Millisecond), t.Load.Round(time.Millisecond), t.Boot.Round(time.Millisecond))
+			if f.looked != "" {
+				fmt.Fprintln(w, f.looked)
+			}
 			if u := g.VM().Stats().UserAfter; u != 0 {
 				fmt.Fprintf(w, "first KVM_RUN to the first system call of /init %v\n", u.Round(time.Millisecond))
 			}

@@ -145,22 +145,23 @@ func sizeText[T int64 | uint64](n T) string {
 }
 
 func stateSaveCommand() *cobra.Command {
-	var asJSON, quiet bool
+	var asJSON, quiet, still bool
 	var description string
 	var tags []string
 	c := &cobra.Command{
 		Use:               "save [flags] MACHINE STATE",
 		Short:             "Save a running machine's state",
-		Long:              "Save a running machine's state under a new name. It stands still while changed memory is\ncopied, and goes on while that is written. Ctrl-C ends the save and leaves nothing.",
+		Long:              "Save a running machine's state under a new name. Memory is copied while the\nmachine runs, and what it changes meanwhile again; it stands still for the last of that.\nThe state is that of this moment. With --still it stands still while all of its changed\nmemory is copied. Ctrl-C ends the save and leaves nothing.",
 		Example:           "  gondola state save dev clean\n  gondola state save dev nightly --description 'after the tests' --tag ci",
 		Args:              machineAndState,
 		ValidArgsFunction: completeMachine,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return change(cmd, opStateSave, "saving", args[0], ports.SaveRequest{Name: args[1], Description: description, Tags: tags}, asJSON, quiet)
+			return change(cmd, opStateSave, "saving", args[0], ports.SaveRequest{Name: args[1], Description: description, Tags: tags, Still: still}, asJSON, quiet)
 		},
 	}
 	c.Flags().StringVar(&description, "description", "", "what the state is, for people")
 	c.Flags().StringArrayVar(&tags, "tag", nil, "a tag (repeatable)")
+	c.Flags().BoolVar(&still, "still", false, "stop the machine at once, for the state of this moment")
 	jsonFlags(c, &asJSON, &quiet)
 	return c
 }

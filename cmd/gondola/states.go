@@ -183,7 +183,7 @@ func (s *states) ops() map[string]func(*proto.Call) {
 			if err != nil {
 				return nil, err
 			}
-			i, t, err := m.Save(ctx, snapshot.SaveOptions{Name: a.Name, Description: a.Description, Tags: a.Tags})
+			i, t, err := m.Save(ctx, snapshot.SaveOptions{Name: a.Name, Description: a.Description, Tags: a.Tags, Still: a.Still})
 			return snapshot.Result(i, t), err
 		}),
 		opStateRestore: control.Handle(func(ctx context.Context, a *ports.Name) (any, error) {

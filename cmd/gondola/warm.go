@@ -127,9 +127,23 @@ type warm struct {
 	text   string
 	shape  guest.Shape
 	store  *store.Store
-	state  *store.State // to start from; nil: there is none, so this start's is kept
+	state  *store.State  // to start from; nil: there is none, so this start's is kept
+	keyed  time.Duration // that finding the key took
+	looked time.Duration // that finding and checking the state took
 	saving sync.WaitGroup
 	cancel context.CancelFunc
+}
+
+// lookedFor says for people what the search for a kept state took.
+func (w *warm) lookedFor() string {
+	if w == nil {
+		return ""
+	}
+	found := "none"
+	if w.state != nil {
+		found = "used"
+	}
+	return fmt.Sprintf("state after an earlier boot: %s; %s, key %v, state %v", found, filepath.Base(w.dir), w.keyed.Round(time.Millisecond), w.looked.Round(time.Millisecond))
 }
 
 // warmable tells whether a machine's start may use the cache: it can be saved, has
@@ -170,6 +184,7 @@ func openWarm(ctx context.Context, cfg guest.Config) (*warm, error) {
 	if err != nil {
 		return nil, err
 	}
+	begin := time.Now()
 	key, text, err := warmKey(ctx, cfg)
 	if err != nil {
 		return nil, err
@@ -177,7 +192,8 @@ func openWarm(ctx context.Context, cfg guest.Config) (*warm, error) {
 	if err := os.MkdirAll(parent, 0o700); err != nil {
 		return nil, err
 	}
-	w := &warm{dir: filepath.Join(parent, key), text: text, shape: cfg.Shape(), cancel: func() {}}
+	w := &warm{dir: filepath.Join(parent, key), text: text, shape: cfg.Shape(), cancel: func() {}, keyed: time.Since(begin)}
+	defer func() { w.looked = time.Since(begin) - w.keyed }()
 	if w.store, err = store.Open(w.dir, store.Options{Buffer: saveBuffer}); err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/zeebo/xxh3"
 
+	"github.com/gondola-vmm/gondola/firmware/guestkernel"
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/vmm"
 )
@@ -126,9 +127,12 @@ func (c Config) Inputs(ctx context.Context) (string, error) {
 	own := c.Kernel == ""
 	kernel := c.Kernel
 	if own {
-		var err error
-		if kernel, err = ensureKernel(ctx, c.progress()); err != nil {
-			return "", err
+		var ok bool
+		if kernel, ok = guestkernel.Place(guestkernel.Options{}); !ok {
+			var err error
+			if kernel, err = ensureKernel(ctx, c.progress()); err != nil {
+				return "", err
+			}
 		}
 	} else {
 		line("name", c.Name)
