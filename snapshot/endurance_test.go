@@ -140,7 +140,7 @@ cat wrong 2>/dev/null; was=$(cat a b); i=0
 until [ "$(cat a)" != "${was%%
 *}" ] && [ "$(cat b)" != "${was##*
 }" ]; do i=$((i+1)); [ $i -lt 600 ] || { echo "stands still"; break; }; sleep 0.05; done
-cat a; dmesg | grep -i -e 'bug:' -e 'oops' -e 'call trace' -e 'panic' || :`))
+cat a; dmesg | grep -i -e 'bug:' -e 'oops' -e 'call trace' -e 'kernel panic' || :`))
 		require.Len(t, out, 1, "round %d: %v", i, out)
 		n, err := strconv.Atoi(out[0])
 		require.NoError(t, err)

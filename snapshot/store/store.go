@@ -701,7 +701,7 @@ func (s *Store) state(v *view, r *record) (_ *State, err error) {
 func (st *State) Close() error {
 	var errs []error
 	for _, d := range st.files {
-		errs = append(errs, d.f.Close())
+		errs = append(errs, d.close())
 	}
 	st.files = nil
 	return errors.Join(errs...)
