@@ -25,7 +25,8 @@ build: deps ## build bin/gondola with the guest agent inside
 	@mkdir -p $(BIN)
 	@$(GO) build -trimpath -ldflags '-s -w' -o cmd/gondola/agentbin/gondola-agent ./cmd/gondola-agent
 	@$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/gondola-env ./cmd/gondola-env
-	@$(GO) build -trimpath -tags embed_agent -ldflags '$(LDFLAGS)' -o $(BIN)/gondola ./cmd/gondola
+	@$(GO) build -trimpath -tags embed_agent -ldflags '$(LDFLAGS)' -o $(BIN)/gondola-full ./cmd/gondola
+	@$(GO) build -trimpath -tags embed_agent,lean -ldflags '$(LDFLAGS)' -o $(BIN)/gondola ./cmd/gondola
 	@echo "built $(BIN)/gondola"
 
 kernel: build ## build the guest kernel, or find it in the cache

@@ -77,7 +77,8 @@ signal N; otherwise the guest command's own.`,
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), userlandCommand(), versionCommand(),
 		psCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), pauseCommand(), resumeCommand(),
-		authCommand(), stateCommand(), cloneCommand(), cacheCommand(), diskCommand(), limitsCommand(), balloonCommand(), managerCommand(), testExecCommand())
+		authCommand(), stateCommand(), cloneCommand(), cacheCommand(), diskCommand(), limitsCommand(), balloonCommand(), testExecCommand())
+	root.AddCommand(fullCommands()...)
 	return root
 }
 

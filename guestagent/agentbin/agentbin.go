@@ -43,17 +43,25 @@ func Find(ctx context.Context, embedded []byte, cacheDir string) ([]byte, error)
 	if embedded != nil {
 		return embedded, check("embedded agent", embedded)
 	}
-	if exe, err := os.Executable(); err == nil {
-		b, err := read(filepath.Join(filepath.Dir(exe), "gondola-agent"))
-		if err == nil || !errors.Is(err, os.ErrNotExist) {
-			return b, err
-		}
+	if file, err := Beside("gondola-agent"); err == nil {
+		return read(file)
 	}
 	file, err := Build(ctx, cacheDir)
 	if err != nil {
 		return nil, fmt.Errorf("%w: none embedded, none beside the program, and %w; set %s to a gondola-agent binary", ErrNotFound, err, Env)
 	}
 	return read(file)
+}
+
+// Beside is the path of another program in the directory of the running one.
+func Beside(name string) (string, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(filepath.Dir(exe), name)
+	_, err = os.Stat(file)
+	return file, err
 }
 
 // Build builds the agent into dir and returns its path.

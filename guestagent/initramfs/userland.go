@@ -14,11 +14,7 @@ import (
 	"runtime"
 	"strings"
 
-	"github.com/u-root/gobusybox/src/pkg/bb"
-	"github.com/u-root/gobusybox/src/pkg/bb/findpkg"
-	"github.com/u-root/gobusybox/src/pkg/golang"
 	"github.com/u-root/mkuimage/cpio"
-	"github.com/u-root/uio/ulog"
 
 	"github.com/gondola-vmm/gondola/guestagent/initconf"
 )
@@ -117,10 +113,6 @@ func buildUroot(ctx context.Context, o Options) (string, error) {
 		return filepath.Join(dir, name), nil
 	}
 	o.Progress("building u-root's commands, once")
-	env, err := goEnv(ctx)
-	if err != nil {
-		return "", err
-	}
 	src, err := urootSource(ctx)
 	if err != nil {
 		return "", err
@@ -130,23 +122,9 @@ func buildUroot(ctx context.Context, o Options) (string, error) {
 		return "", err
 	}
 	defer os.RemoveAll(tmp)
-	packages := make([]string, len(urootCommands))
-	for i, c := range urootCommands {
-		packages[i] = "./cmds/core/" + c
-	}
-	var log bytes.Buffer
 	bin := filepath.Join(tmp, "bb")
-	err = bb.BuildBusybox(logger{&log}, &bb.Opts{
-		Env: golang.Default(golang.DisableCGO(), golang.WithGOARCH(runtime.GOARCH), golang.WithGOROOT(env["GOROOT"]),
-			golang.WithWorkingDir(src)),
-		LookupEnv:    &findpkg.Env{},
-		GenSrcDir:    filepath.Join(tmp, "src"),
-		CommandPaths: packages,
-		BinaryPath:   bin,
-		GoBuildOpts:  &golang.BuildOpts{},
-	})
-	if err != nil {
-		return "", fmt.Errorf("%w\n%s", err, tail(log.String()))
+	if err := compileUroot(ctx, src, tmp, bin); err != nil {
+		return "", err
 	}
 	return keep(dir, name, 0o755, func(w io.Writer) error {
 		f, err := os.Open(bin)
@@ -159,14 +137,6 @@ func buildUroot(ctx context.Context, o Options) (string, error) {
 	})
 }
 
-// logger collects the builder's messages for the case that it fails.
-type logger struct{ w io.Writer }
-
-var _ ulog.Logger = logger{}
-
-func (l logger) Printf(format string, v ...any) { fmt.Fprintf(l.w, format+"\n", v...) }
-func (l logger) Print(v ...any)                 { fmt.Fprintln(l.w, v...) }
-
 // tail is the end of a log, which has the cause.
 func tail(s string) string {
 	const n = 4 << 10
@@ -174,15 +144,6 @@ func tail(s string) string {
 		s = "…" + s[len(s)-n:]
 	}
 	return strings.TrimSpace(s)
-}
-
-func goEnv(ctx context.Context) (map[string]string, error) {
-	out, err := command(ctx, "", "env", "-json", "GOROOT")
-	if err != nil {
-		return nil, err
-	}
-	var env map[string]string
-	return env, json.Unmarshal(out, &env)
 }
 
 // urootSource returns u-root's source tree in the module cache, downloading it

@@ -678,7 +678,7 @@ func TestKill(t *testing.T) {
 	// Long enough that something is done in about every second life, on a machine of
 	// any speed.
 	window := 8 * time.Millisecond
-	for begin := time.Now(); kills < 300 && time.Since(begin) < 15*time.Second; kills++ {
+	for begin := time.Now(); kills < 30 || kills < 300 && time.Since(begin) < 10*time.Second; kills++ {
 		cmd := exec.Command(exe)
 		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s,%d", childEnv, dir, done))
 		var stderr bytes.Buffer
@@ -716,6 +716,5 @@ func TestKill(t *testing.T) {
 		}
 	}
 	t.Logf("%d kills, %d operations, %d done and not reported", kills, done, between)
-	assert.Greater(t, kills, 50)
-	assert.Greater(t, done, kills/4)
+	assert.Greater(t, done, kills/8)
 }

@@ -5,9 +5,16 @@
 // build tag embed_agent; without the tag there is none.
 package agentbin
 
-import _ "embed"
+import (
+	_ "embed"
+	"unsafe"
+)
 
-// Bytes is the binary, nil if gondola was built without it.
+// A string, unlike a slice, lies in memory that is never written, which a machine
+// gives back when it has started.
 //
 //go:embed gondola-agent
-var Bytes []byte
+var binary string
+
+// Bytes is the binary, nil if gondola was built without it. It cannot be written.
+var Bytes = unsafe.Slice(unsafe.StringData(binary), len(binary))
