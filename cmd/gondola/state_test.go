@@ -18,11 +18,15 @@ import (
 
 // stateTest runs gondola state with its output.
 func stateTest(args ...string) (string, error) {
-	c := stateCommand()
+	return commandTest(append([]string{"state"}, args...)...)
+}
+
+// commandTest runs gondola with its output.
+func commandTest(args ...string) (string, error) {
+	c := rootCommand()
 	var out bytes.Buffer
 	c.SetOut(&out)
 	c.SetErr(&out)
-	c.SilenceErrors, c.SilenceUsage = true, true
 	c.SetArgs(args)
 	err := c.ExecuteContext(context.Background())
 	return out.String(), err
