@@ -40,7 +40,7 @@ func Ops(get func(context.Context) (*Manager, error)) map[string]service.Op {
 		service.OpList: op(get, list),
 		OpTree:         op(get, list), // each state knows its parent
 		OpSave: op(get, func(ctx context.Context, m *Manager, _ *service.Call, a *ports.SaveRequest) (any, error) {
-			i, _, err := m.Save(ctx, SaveOptions{Name: a.Name, Description: a.Description, Tags: a.Tags})
+			i, _, err := m.Save(ctx, SaveOptions{Name: a.Name, Description: a.Description, Tags: a.Tags, Still: a.Still})
 			return stateOf(i), err
 		}),
 		OpRestore: op(get, func(ctx context.Context, m *Manager, c *service.Call, a *ports.RestoreRequest) (any, error) {

@@ -33,9 +33,14 @@ var ErrClosed = errors.New("the machine's states are closed")
 
 // Config of a Manager.
 type Config struct {
-	// VM is the machine. All of its memory's changes since Base are noted, if
-	// there is a Base (Start).
+	// VM is the machine.
 	VM *vmm.VM
+	// Base, if set, is the state that the machine was made from (Start): its current
+	// state, which the Manager closes.
+	Base *store.State
+	// Machine is kept with each state: what a machine must be like to be made from it
+	// (store.Meta).
+	Machine map[string]string
 	// Store is where its states are. The Manager does not close it.
 	Store *store.Store
 	// Restored, if set, is called when the machine has been put back to a state
@@ -73,9 +78,52 @@ type Manager struct {
 	current   string
 }
 
-// New makes a manager of a machine that has no current state.
+// New makes a manager of a machine.
 func New(cfg Config) *Manager {
-	return &Manager{cfg: cfg, sem: make(chan struct{}, 1), listeners: map[int]func(Event){}}
+	m := &Manager{cfg: cfg, sem: make(chan struct{}, 1), listeners: map[int]func(Event){}}
+	if cfg.Base != nil {
+		_ = m.setCurrent(cfg.Base, nil) // closes nothing
+	}
+	return m
+}
+
+// Start puts a machine that was made with the state's memory (vmm.Config.Image:
+// st.Memory()) and has not run into the rest of the state, which is checked first. It
+// runs on from there with vmm.VM.Run. restored is Config.Restored. Errors match
+// vmm.ErrState or store.ErrDamaged, or are those of vmm.Frozen.Load.
+func Start(ctx context.Context, vm *vmm.VM, st *store.State, restored func()) error {
+	s, err := Sections(st)
+	if err != nil {
+		return err
+	}
+	p, err := vm.Prepare(s)
+	if err != nil {
+		return fmt.Errorf("state %q: %w", st.Info().Name, err)
+	}
+	return vm.Freeze(ctx, func(f *vmm.Frozen) error {
+		if err := f.Load(p, func() error { return nil }); err != nil {
+			return err
+		}
+		if restored != nil {
+			restored()
+		}
+		return nil
+	})
+}
+
+// baseline begins to note changes, if that has not begun. What a machine that was made
+// from its current state changed so far, its memory tells.
+func (m *Manager) baseline(f *vmm.Frozen) (err error) {
+	if f.Tracking() {
+		return nil
+	}
+	if m.cur != nil {
+		if m.changed, err = f.Memory().Changed(m.changed); err != nil {
+			m.forget()
+			return err
+		}
+	}
+	return f.TrackDirty()
 }
 
 // Close frees what the manager has; saves and restores under way come first. It is
@@ -169,6 +217,16 @@ type SaveOptions struct {
 	// Progress, if set, is told how many bytes of memory have been taken, of how
 	// many. It must not wait.
 	Progress func(done, total uint64)
+	// Taken, if set, is called when the machine is about to go on: what it does from
+	// then on is not in the state.
+	Taken func()
+	// Still makes the machine stand still while all of its changed memory is copied.
+	// Otherwise most of that is copied before, while it runs on: the state is the
+	// machine's at the end of the copying.
+	Still bool
+	// Last says that changes need not be noted for the next save, which would slow
+	// the machine down: the Manager is about to be closed.
+	Last bool
 }
 
 // Times of a save.
@@ -177,8 +235,9 @@ type Times struct {
 	Total time.Duration
 }
 
-// Save saves the machine's state. It stands still while its changed memory is
-// copied, and goes on while that is written to disk. When Save returns without an
+// Save saves the machine's state. Changed memory is copied while the machine runs, and
+// what it changes meanwhile again, until little is left; for that it stands still, and
+// goes on while the last of it is written to disk. When Save returns without an
 // error, the state is there for good; with one, there is none, and nothing else has
 // changed. The error is the store's (store.ErrExists, store.ErrQuota, …), the
 // machine's (vmm.ErrEnded, vmm.ErrNotSavable) or ctx's.
@@ -196,7 +255,7 @@ func (m *Manager) Save(ctx context.Context, o SaveOptions) (info store.Info, t T
 
 func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pause time.Duration, err error) {
 	vm := m.cfg.VM
-	meta := store.Meta{Name: o.Name, Description: o.Description, Tags: o.Tags}
+	meta := store.Meta{Name: o.Name, Description: o.Description, Tags: o.Tags, Machine: m.cfg.Machine}
 	for _, r := range vm.Memory().Regions() {
 		meta.Memory = append(meta.Memory, r.Range)
 	}
@@ -213,6 +272,22 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 			err = errors.Join(err, w.Abort())
 		}
 	}()
+	var left []uint64 // pages to be copied when the machine stands still; nil: all
+	var before time.Duration
+	progress := o.Progress
+	if o.Progress != nil { // only of the first, the long, part
+		progress = func(done, total uint64) {
+			o.Progress(done, total)
+			if done == total {
+				progress = nil
+			}
+		}
+	}
+	if !o.Still && !o.Last {
+		if left, before, err = m.precopy(ctx, w, progress); err != nil {
+			return info, before, err
+		}
+	}
 	begin := time.Now()
 	err = vm.Freeze(ctx, func(f *vmm.Frozen) error {
 		begin = time.Now()
@@ -226,26 +301,42 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 			}
 		}
 		var ranges []mem.Range
-		if m.cur == nil {
+		switch {
+		case left != nil:
+			if left, err = f.TakeDirty(left); err != nil {
+				m.forget()
+				return err
+			}
+			m.note(left)
+			ranges = dirtyRanges(f.Memory(), left)
+		case m.cur == nil:
 			if ranges, err = f.Memory().Populated(); err != nil {
 				return err
 			}
-		} else {
+		default:
+			if err := m.baseline(f); err != nil {
+				return err
+			}
 			if m.changed, err = f.TakeDirty(m.changed); err != nil {
 				m.forget()
 				return err
 			}
 			ranges = dirtyRanges(f.Memory(), m.changed)
 		}
-		if err := putRanges(ctx, w, f.Memory(), ranges, o.Progress); err != nil {
+		if err := putRanges(ctx, w, f.Memory(), ranges, progress); err != nil {
 			return err
 		}
-		if m.cur == nil {
-			return f.TrackDirty()
+		if m.cur == nil && !o.Last {
+			if err := f.TrackDirty(); err != nil {
+				return err
+			}
+		}
+		if o.Taken != nil {
+			o.Taken()
 		}
 		return nil
 	})
-	pause = time.Since(begin)
+	pause = before + time.Since(begin)
 	if err != nil {
 		return info, pause, err
 	}
@@ -257,6 +348,9 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 		return info, pause, err
 	}
 	committed = true
+	if o.Last {
+		return info, pause, nil
+	}
 	st, err := m.cfg.Store.GetID(context.WithoutCancel(ctx), info.ID)
 	if err != nil {
 		// It is saved; that it cannot be opened makes the next save a full one.
@@ -264,6 +358,112 @@ func (m *Manager) save(ctx context.Context, o SaveOptions) (info store.Info, pau
 		return info, pause, nil
 	}
 	return info, pause, m.setCurrent(st, nil)
+}
+
+// Bounds of what is copied while the machine runs.
+const (
+	// fewPages is how many pages are worth no further round: they are copied in a
+	// millisecond or two.
+	fewPages = 512
+	// maxRounds bounds the rounds; a machine that changes memory as fast as it is
+	// copied stands still for the rest.
+	maxRounds = 12
+)
+
+// note adds pages to those that changed since the current state.
+func (m *Manager) note(pages []uint64) {
+	if m.cur == nil {
+		return
+	}
+	if short := len(pages) - len(m.changed); short > 0 {
+		m.changed = append(m.changed, make([]uint64, short)...)
+	}
+	for i, v := range pages {
+		m.changed[i] |= v
+	}
+}
+
+// precopy gives memory to the writer while the machine runs, again and again what has
+// changed meanwhile, until little is left. That is returned, for when the machine
+// stands still, with what the VMM itself wrote: that may have been copied too early
+// (vmm.Live). Pages that the guest writes to while they are copied are among what has
+// changed. pause is how long the machine stood still.
+func (m *Manager) precopy(ctx context.Context, w *store.Writer, progress func(done, total uint64)) (left []uint64, pause time.Duration, err error) {
+	freeze := func(f func(f *vmm.Frozen) error) error {
+		return m.cfg.VM.Freeze(ctx, func(fr *vmm.Frozen) error {
+			begin := time.Now()
+			defer func() { pause += time.Since(begin) }()
+			return f(fr)
+		})
+	}
+	// From here on changes are noted.
+	if err := freeze(func(f *vmm.Frozen) error {
+		if m.cur == nil {
+			return f.TrackDirty()
+		}
+		return m.baseline(f)
+	}); err != nil {
+		return nil, pause, err
+	}
+	err = m.cfg.VM.Live(ctx, func(ctx context.Context, l *vmm.Live) (err error) {
+		memory := l.Memory()
+		var own, dirty []uint64
+		take := func() (err error) {
+			clear(dirty)
+			if dirty, own, err = l.TakeDirty(dirty, own); err != nil {
+				m.forget()
+			}
+			m.note(dirty)
+			return err
+		}
+		var ranges []mem.Range // to be copied next
+		if m.cur == nil {
+			// What there is by now; what comes later is a change.
+			if ranges, err = memory.Populated(); err != nil {
+				return err
+			}
+		} else {
+			if err := take(); err != nil {
+				return err
+			}
+			ranges = dirtyRanges(memory, m.changed)
+		}
+		for rounds, last := 0, ^uint64(0); rounds < maxRounds; rounds++ {
+			n := pagesOf(ranges)
+			if n <= fewPages || n >= last {
+				if mem.DirtyPages(own) <= fewPages {
+					break
+				}
+				// When the machine has stood still, the VMM has written all that it
+				// was about to.
+				if err := freeze(func(*vmm.Frozen) error { return nil }); err != nil {
+					return err
+				}
+				markRanges(memory, own, ranges)
+				ranges, own = dirtyRanges(memory, own), nil
+				n = ^uint64(0) // it is no sign of too little progress
+			}
+			if err := putRanges(ctx, w, memory, ranges, progress); err != nil {
+				return err
+			}
+			if err := take(); err != nil {
+				return err
+			}
+			last, progress, ranges = n, nil, dirtyRanges(memory, dirty)
+		}
+		left = make([]uint64, (memory.Size()/mem.PageSize+63)/64)
+		copy(left, own)
+		markRanges(memory, left, ranges)
+		return nil
+	})
+	return left, pause, err
+}
+
+func pagesOf(rs []mem.Range) (n uint64) {
+	for _, r := range rs {
+		n += r.Size / mem.PageSize
+	}
+	return n
 }
 
 // forget makes the machine one without a current state.
@@ -370,8 +570,8 @@ func markRanges(memory *mem.Memory, dirty []uint64, ranges []mem.Range) {
 	}
 }
 
-// sections reads all of a state's.
-func sections(st *store.State) (*vmm.State, error) {
+// Sections reads all of a state but its memory.
+func Sections(st *store.State) (*vmm.State, error) {
 	s := &vmm.State{}
 	for _, name := range st.Sections() {
 		version, data, err := st.Section(name)
@@ -430,7 +630,7 @@ func (m *Manager) restore(ctx context.Context, name string) (info store.Info, pa
 		diff = regions
 	}
 	if p == nil {
-		s, err := sections(st)
+		s, err := Sections(st)
 		if err == nil {
 			p, err = vm.Prepare(s)
 		}
@@ -444,10 +644,8 @@ func (m *Manager) restore(ctx context.Context, name string) (info store.Info, pa
 	begin := time.Now()
 	err = vm.Freeze(ctx, func(f *vmm.Frozen) error {
 		begin = time.Now()
-		if m.cur == nil {
-			if err := f.TrackDirty(); err != nil {
-				return err
-			}
+		if err := m.baseline(f); err != nil {
+			return err
 		}
 		if m.changed, err = f.TakeDirty(m.changed); err != nil {
 			m.forget()

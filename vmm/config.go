@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gondola-vmm/gondola/firmware"
+	"github.com/gondola-vmm/gondola/vmm/mem"
 )
 
 // Limits of a configuration.
@@ -43,8 +44,13 @@ type Config struct {
 	Memory uint64
 	// HugePages backs guest memory with huge pages where the host can.
 	HugePages bool
-	// Boot fills memory and gives vCPU 0's entry state. Required.
+	// Boot fills memory and gives vCPU 0's entry state. Required, unless there is an
+	// Image.
 	Boot firmware.Boot
+	// Image, if set, is the memory of a saved state, which takes Boot's place: nothing
+	// is loaded, and pages arrive as they are touched. The rest of the state comes by
+	// Frozen.Load, before Run.
+	Image mem.Source
 	// Devices are attached in this order, after the platform's own.
 	Devices []Device
 	// Platform is PC or Bare.
@@ -89,7 +95,7 @@ func (c Config) validate() error {
 	case err == nil && c.Memory > host:
 		bad("memory of %s is more than the host's %s: give the machine less", bytesText(c.Memory), bytesText(host))
 	}
-	if c.Boot == nil {
+	if c.Boot == nil && c.Image == nil {
 		bad("Boot is missing: give it a kernel (firmware.Linux) or a flat binary (firmware.Flat)")
 	}
 	if c.Platform != PC && c.Platform != Bare {

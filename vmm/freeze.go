@@ -83,6 +83,68 @@ func (f *Frozen) VM() *VM { return f.vm }
 // Memory is the guest's memory, which nobody but the caller touches now.
 func (f *Frozen) Memory() *mem.Memory { return f.vm.mem }
 
+// Live is a machine that runs, and whose memory does not go away. It is valid inside
+// VM.Live.
+type Live struct{ vm *VM }
+
+// Live calls f while the machine runs, or is paused by whoever wants that. Close waits
+// until f has returned; the context that f gets ends then, or when ctx does. ErrEnded
+// if the machine is closed.
+func (vm *VM) Live(ctx context.Context, f func(context.Context, *Live) error) error {
+	vm.mu.Lock()
+	if vm.want == wantClose {
+		vm.mu.Unlock()
+		return ErrEnded
+	}
+	vm.live++
+	vm.mu.Unlock()
+	defer func() {
+		vm.mu.Lock()
+		defer vm.mu.Unlock()
+		vm.live--
+		vm.changed.Broadcast()
+	}()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		select {
+		case <-vm.ending:
+			cancel(ErrEnded)
+		case <-done:
+		}
+	}()
+	return f(ctx, &Live{vm})
+}
+
+// Memory is the guest's memory, which changes all the time.
+func (l *Live) Memory() *mem.Memory { return l.vm.mem }
+
+// TakeDirty is Frozen.TakeDirty of a machine that runs. Pages that the guest writes
+// again while, or after, it returns, are in the next one. With those that the VMM
+// itself writes that is not so: a device may have been given a page before it is taken
+// and write to it after. They are added to own, too, and who copies pages has to copy
+// those of own once more when the machine is frozen. Only one goroutine at a time may
+// call it, and nobody may freeze the machine to take, restore or track changes
+// meanwhile.
+func (l *Live) TakeDirty(dst, own []uint64) (_, _ []uint64, err error) {
+	vm := l.vm
+	if !vm.tracking {
+		return dst, own, errors.New("changes of memory are not noted")
+	}
+	written := vm.mem.TakeDirty(nil)
+	own = grown(own, len(written))
+	if dst, err = vm.takeLog(dst); err != nil {
+		return dst, own, err
+	}
+	for i, v := range written {
+		dst[i] |= v
+		own[i] |= v
+	}
+	return dst, own, nil
+}
+
 // onVCPUs calls fn on every vCPU's own thread, on all at once, and returns when all
 // are done. The machine is frozen.
 func (vm *VM) onVCPUs(fn func(*vcpu) error) error {
@@ -145,10 +207,12 @@ func (f *Frozen) TakeDirty(dst []uint64) ([]uint64, error) {
 	if !vm.tracking {
 		return dst, errors.New("changes of memory are not noted")
 	}
-	dst = vm.mem.TakeDirty(dst)
-	if short := int((vm.mem.Size()/mem.PageSize+63)/64) - len(dst); short > 0 {
-		dst = append(dst, make([]uint64, short)...)
-	}
+	return vm.takeLog(vm.mem.TakeDirty(dst))
+}
+
+// takeLog adds KVM's log to dst, grown if it is too short, and makes a clean slate.
+func (vm *VM) takeLog(dst []uint64) ([]uint64, error) {
+	dst = grown(dst, int((vm.mem.Size()/mem.PageSize+63)/64))
 	for i, r := range vm.mem.Regions() {
 		words := dst[r.Offset/mem.PageSize/64:][:(r.Size/mem.PageSize+63)/64]
 		if len(vm.dirtyLog) < len(words) {
@@ -165,6 +229,14 @@ func (f *Frozen) TakeDirty(dst []uint64) ([]uint64, error) {
 		}
 	}
 	return dst, nil
+}
+
+// grown is b with n words at least.
+func grown(b []uint64, n int) []uint64 {
+	if short := n - len(b); short > 0 {
+		b = append(b, make([]uint64, short)...)
+	}
+	return b
 }
 
 // mapMemory makes, or changes, a memslot of each region of RAM.

@@ -291,6 +291,9 @@ func (c *vcpu) setup() error {
 		if khz, err := k.TSCKHz(); err == nil {
 			vm.tscKHz = khz
 		}
+		if vm.cfg.Image != nil {
+			return nil // Frozen.Load will say where it goes on
+		}
 		return enter(k, vm.entry)
 	}
 	return nil

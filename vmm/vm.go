@@ -84,8 +84,10 @@ type VM struct {
 	paused  bool
 	// quiesced: the devices do not touch guest memory.
 	quiesced bool
-	busy     bool  // in Freeze
-	exit     *Exit // how the run ended
+	busy     bool          // in Freeze
+	live     int           // calls of Live
+	exit     *Exit         // how the run ended
+	ending   chan struct{} // closed when Close begins
 	closed   chan struct{}
 
 	// What follows belongs to whoever has the machine frozen.
@@ -122,7 +124,7 @@ func New(cfg Config) (_ *VM, err error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	vm := &VM{cfg: cfg, nextMMIO: firmware.MMIOBase, closed: make(chan struct{})}
+	vm := &VM{cfg: cfg, nextMMIO: firmware.MMIOBase, ending: make(chan struct{}), closed: make(chan struct{})}
 	vm.changed = sync.NewCond(&vm.mu)
 	defer func() {
 		if err != nil {
@@ -173,7 +175,7 @@ func (vm *VM) create(sys *kvm.System) (err error) {
 	}
 	vm.tscDeadline = d > 0
 
-	if vm.mem, err = mem.New(vm.cfg.Memory, mem.Options{HugePages: vm.cfg.HugePages}); err != nil {
+	if vm.mem, err = mem.New(vm.cfg.Memory, mem.Options{HugePages: vm.cfg.HugePages, Source: vm.cfg.Image}); err != nil {
 		return err
 	}
 	if vm.kvm, err = createVM(sys); err != nil {
@@ -236,10 +238,13 @@ func mapMemory(k *kvm.VM, m *mem.Memory, flags uint32) error {
 	return nil
 }
 
-// load fills memory through the configuration's loader.
+// load fills memory through the configuration's loader, unless it came from a state.
 func (vm *VM) load() (err error) {
 	if vm.host == HostPVM && !vm.cfg.NoHostCmdline {
 		vm.cmdline = pvmCmdline
+	}
+	if vm.cfg.Image != nil {
+		return nil
 	}
 	vm.entry, err = vm.cfg.Boot.Load(firmware.Machine{
 		Memory:   vm.mem,
@@ -420,8 +425,9 @@ func (vm *VM) Close() error {
 	if vm.exit == nil {
 		vm.exit = &Exit{Reason: Stopped, VCPU: -1}
 	}
+	close(vm.ending)
 	vm.setWant(wantClose)
-	for vm.busy {
+	for vm.busy || vm.live > 0 {
 		vm.changed.Wait()
 	}
 	vm.mu.Unlock()

@@ -102,12 +102,13 @@ func (c *child) words() []byte {
 	return b
 }
 
-// detach starts gondola's own command line again in the background and waits
-// until it is ready.
-func detach(ctx context.Context, dir, what string, quiet bool) error {
-	c, err := spawn(selfExe, dir, os.Args[1:], nil)
+// detach starts gondola, the program exe, with a command line in the background, its
+// output in dir until it has a place of its own, waits until it is ready, and returns
+// the name of what runs.
+func detach(ctx context.Context, exe, dir, what string, args []string, quiet bool) (string, error) {
+	c, err := spawn(exe, dir, args, nil)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer c.Close()
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
@@ -117,19 +118,18 @@ func detach(ctx context.Context, dir, what string, quiet bool) error {
 	})()
 	name := follow(c.report, quiet)
 	if name != "" {
-		fmt.Println(name)
-		return c.cmd.Process.Release()
+		return name, c.cmd.Process.Release()
 	}
 	err = c.cmd.Wait()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
-		return err
+		return "", err
 	}
 	_, _ = os.Stderr.Write(c.words())
 	if code := c.cmd.ProcessState.ExitCode(); code > 0 {
-		return exitCode(code)
+		return "", exitCode(code)
 	}
-	return fmt.Errorf("%s ended before it was ready: %v", what, c.cmd.ProcessState)
+	return "", fmt.Errorf("%s ended before it was ready: %v", what, c.cmd.ProcessState)
 }
 
 // follow shows a child's reports until the machine is ready, and returns its

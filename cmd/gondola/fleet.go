@@ -240,9 +240,11 @@ func (f *fleetUpFlags) run(ctx context.Context, file string, w io.Writer) error 
 		if err := dir.lock.Close(); err != nil {
 			return err
 		}
-		if err := detach(ctx, dir.path, "the supervisor", f.quiet); err != nil {
+		name, err := detach(ctx, selfExe, dir.path, "the supervisor", os.Args[1:], f.quiet)
+		if err != nil {
 			return err
 		}
+		fmt.Println(name)
 		return dir.failures(ctx)
 	}
 	s := &supervision{dir: dir, flags: f, out: w, file: abs, stopping: make(chan struct{}), bg: bg}

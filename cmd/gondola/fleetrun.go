@@ -414,7 +414,8 @@ func (r *libraryRunner) Start(ctx context.Context, m fleet.Machine) (_ fleet.Run
 		}()
 	}
 	ctx, interrupt := context.WithCancelCause(ctx)
-	s, err := f.start(ctx, &cfg, publication{must: true, interrupt: interrupt, output: path})
+	f.cold = true // its own state after the boot is of use to processes only
+	s, err := f.start(ctx, &cfg, nil, nil, publication{must: true, interrupt: interrupt, output: path})
 	if err != nil {
 		interrupt(nil)
 		return nil, errors.Join(err, out.Close())

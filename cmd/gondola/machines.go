@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/control"
 	"github.com/gondola-vmm/gondola/vmm/guest"
@@ -105,7 +106,8 @@ type publication struct {
 	interrupt  context.CancelCauseFunc // ends the machine's start
 	policy     control.Policy
 	labels     map[string]string
-	output     string // the file that has the machine's output, if there is no background
+	output     string        // the file that has the machine's output, if there is no background
+	quota      store.Options // of the machine's states
 }
 
 // published is a machine that others can see; nil where that is not possible.
@@ -151,7 +153,7 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 			return nil, errors.Join(err, dir.Close(), home.Close())
 		}
 	}
-	states, events := newStates(dir.Name()), &serviceEvents{}
+	states, events := newStates(dir.Name(), p.quota), &serviceEvents{}
 	ops := states.ops()
 	ops[opServiceState] = events.op()
 	server, err := control.Serve(dir, control.Config{
@@ -193,9 +195,9 @@ func (p *published) vsockPath(name string) string {
 }
 
 // attach connects the machine when it runs.
-func (p *published) attach(g *guest.Guest, r *requests) {
+func (p *published) attach(g *guest.Guest, cfg guest.Config, r *requests) {
 	if p != nil {
-		p.states.attach(g)
+		p.states.attach(g, cfg.Shape())
 		p.events.requests.Store(r)
 		p.server.Attach(controlled{g, r})
 	}

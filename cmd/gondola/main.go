@@ -96,7 +96,7 @@ signal N; otherwise the guest command's own.`,
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), doctorCommand(), kernelCommand(), userlandCommand(), versionCommand(),
 		psCommand(), cpusCommand(), resourcesCommand(), execCommand(), cpCommand(), infoCommand(), logsCommand(), stopCommand(), pauseCommand(), resumeCommand(),
-		authCommand(), stateCommand(), diskCommand(), limitsCommand(), linkCommand(), envCommand(), balloonCommand(), testExecCommand())
+		authCommand(), stateCommand(), cloneCommand(), cacheCommand(), diskCommand(), limitsCommand(), linkCommand(), envCommand(), balloonCommand(), testExecCommand())
 	root.AddCommand(fullCommands()...)
 	return root
 }

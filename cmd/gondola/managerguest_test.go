@@ -47,7 +47,7 @@ func TestManagerWithGuests(t *testing.T) {
 		g, err := guest.Start(ctx, cfg)
 		require.NoError(t, err)
 		t.Cleanup(func() { assert.NoError(t, g.Close()) })
-		pub.attach(g, nil)
+		pub.attach(g, cfg, nil)
 		require.NoError(t, g.Ready(ctx))
 		require.Equal(t, result{}, guestScript(ctx, t, g, script[name]))
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/gondola-vmm/gondola/cmd/gondola/internal/term"
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/control"
 	"github.com/gondola-vmm/gondola/vmm/guest"
@@ -53,6 +54,10 @@ type runFlags struct {
 	memoryMin, memoryMax          memorySize
 	timeCritical                  bool
 	labels                        []string
+	from                          string // MACHINE@STATE
+	prefetch, cold, clone         bool
+	quota                         store.Options
+	looked                        string // for --debug times
 	commandFlags
 }
 
@@ -98,6 +103,12 @@ Programs in the guest can ask their machine for something over port A and are to
 on port B (docs/ports.md); what they may have, gondola auth says, and what they
 asked for is in audit.log in $XDG_STATE_HOME/gondola/machines/NAME (or ~/.local/state).
 
+The first start of a machine of its kind boots, and keeps its state just after the
+boot; later ones start from there, in a fraction of the time, each with random
+numbers, time and a name of its own. --cold boots in any case; gondola cache shows
+and removes what is kept. With --from, the machine starts from a state that gondola
+state save made.
+
 The guest kernel is built on first use (gondola kernel). On a PVM host (see
 gondola doctor) words are added to the kernel's command line; --debug cmdline
 shows them, --no-host-cmdline leaves them out.`,
@@ -108,11 +119,16 @@ shows them, --no-host-cmdline leaves them out.`,
   gondola run --disk root.img,cow --disk data.img,serial=data -- mount -t ext4 /dev/vda /mnt
   gondola run --net user -p 8080:80 -- httpd -f
   gondola run --vsock 3,path=/tmp/dev.vsock -d --name dev
+  gondola run --from dev@clean -- make test
   gondola run --kernel vmlinuz --console serial`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			f.named = cmd.Flags().Changed("name")
-			return f.run(cmd.Context(), args)
+			f.named = cmd.Flags().Changed("name") && !f.clone
+			o, err := f.openFrom(cmd.Context(), cmd.Flags())
+			if err != nil {
+				return err
+			}
+			return errors.Join(f.run(cmd.Context(), args, o), o.Close())
 		},
 	}
 	fl := c.Flags()
@@ -146,6 +162,12 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.Var(&f.memoryMax, "memory-max", "memory that the manager gives at most (default all of it)")
 	fl.BoolVar(&f.timeCritical, "time-critical", false, "mark the machine for the scheduler: it runs as soon as it has something to do")
 	fl.StringArrayVar(&f.labels, "label", nil, "label the machine NAME=VALUE, for gondola ps --json, top and metrics (repeatable)")
+	fl.StringVar(&f.from, "from", "", "start from a saved state, MACHINE@STATE, instead of booting")
+	fl.BoolVar(&f.prefetch, "prefetch", false, "with --from: read the state's memory ahead of its use")
+	fl.BoolVar(&f.cold, "cold", false, "boot, also if a state just after the boot is kept (gondola cache)")
+	fl.BoolVar(&f.clone, "clone", false, "choose another name if --name is in use")
+	_ = fl.MarkHidden("clone") // it is there
+	registerQuota(fl, &f.quota)
 	fl.DurationVar(&f.timeout, "timeout", 0, "end the machine after this time, with exit code 124")
 	fl.StringSliceVar(&f.debug, "debug", nil, "at the end, show: "+strings.Join(debugTopics, ", "))
 	choices := func(name string, vs ...string) {
@@ -264,7 +286,7 @@ var errTimeout = errors.New("the time given with --timeout is over")
 // it.
 const exitTimeout = 124
 
-func (f *runFlags) run(ctx context.Context, args []string) error {
+func (f *runFlags) run(ctx context.Context, args []string, from *origin) error {
 	cfg, err := f.config(args)
 	if err != nil {
 		return err
@@ -276,7 +298,11 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 			return err
 		}
 		defer home.Close()
-		return detach(ctx, home.Path(), "the machine", f.quiet)
+		name, err := detach(ctx, selfExe, home.Path(), "the machine", os.Args[1:], f.quiet)
+		if err == nil {
+			fmt.Println(name)
+		}
+		return err
 	}
 	if f.timeout > 0 {
 		var cancel context.CancelFunc
@@ -297,12 +323,13 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	}
 	// The window of a terminal is known before the guest is.
 	cfg.Rows, cfg.Cols, _ = term.Size(os.Stdin)
-	m, err := f.start(ctx, &cfg, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt})
+	m, err := f.start(ctx, &cfg, from, p, publication{unique: !f.named, must: f.named || f.detach, background: bg, interrupt: interrupt})
 	if err != nil {
 		return f.cause(ctx, err)
 	}
 	defer m.pub.Close()
-	err = f.session(ctx, m.guest, cfg, sigs, p, bg)
+	f.looked = m.warm.lookedFor()
+	err = f.session(ctx, m.guest, cfg, sigs, p, bg, m.warm)
 	p.done()
 	if cerr := m.end(); err == nil {
 		err = cerr
@@ -330,12 +357,13 @@ type started struct {
 	pub      *published
 	requests *requests
 	guest    *guest.Guest
+	warm     *warm
 	layers   string // the directory of its disks' layers, removed if there are none
 }
 
-// start makes a machine known and lets it run.
-func (f *runFlags) start(ctx context.Context, cfg *guest.Config, p publication) (_ *started, err error) {
-	p.policy, p.labels = f.policy(), labels(f.labels)
+// start makes a machine known and lets it run, from a state if from is not nil.
+func (f *runFlags) start(ctx context.Context, cfg *guest.Config, from *origin, pr *progress, p publication) (_ *started, err error) {
+	p.policy, p.labels, p.quota = f.policy(), labels(f.labels), f.quota
 	m := &started{}
 	if m.pub, err = publish(cfg, p); err != nil {
 		return nil, err
@@ -346,14 +374,6 @@ func (f *runFlags) start(ctx context.Context, cfg *guest.Config, p publication) 
 			m.pub.Close()
 		}
 	}()
-	if cfg.Net != nil && cfg.Net.Private != "" {
-		privateNet(cfg.Net, cfg.Name)
-	}
-	if v := cfg.Vsock; v != nil && v.Path == "" {
-		if v.Path = m.pub.vsockPath(cfg.Name); v.Path == "" {
-			return nil, errors.New("--vsock: the machine has no directory for its socket: give path=PATH")
-		}
-	}
 	if err := admit(ctx, cfg.Name, p.policy); err != nil {
 		return nil, err
 	}
@@ -366,14 +386,26 @@ func (f *runFlags) start(ctx context.Context, cfg *guest.Config, p publication) 
 	if !f.noPorts {
 		m.requests = serveRequests(cfg, m.pub.stateKeeper(), p.policy)
 	}
-	moreProcs(cfg.VCPUs)
-	if m.guest, err = guest.Start(ctx, *cfg); err != nil {
+	if err := from.inherit(ctx, cfg, pr); err != nil {
 		return nil, err
 	}
+	if cfg.Net != nil && cfg.Net.Private != "" {
+		privateNet(cfg.Net, cfg.Name)
+	}
+	if v := cfg.Vsock; v != nil && v.Path == "" {
+		if v.Path = m.pub.vsockPath(cfg.Name); v.Path == "" {
+			return nil, errors.New("--vsock: the machine has no directory for its socket: give path=PATH")
+		}
+	}
+	moreProcs(cfg.VCPUs)
+	if m.guest, m.warm, err = f.boot(ctx, cfg); err != nil {
+		return nil, err
+	}
+	from.give(m.pub.stateKeeper())
 	if err := m.requests.attach(m.guest); err != nil {
 		return nil, err
 	}
-	m.pub.attach(m.guest, m.requests)
+	m.pub.attach(m.guest, *cfg, m.requests)
 	return m, nil
 }
 
@@ -384,6 +416,7 @@ func (m *started) end() error {
 	if m.guest != nil {
 		err = m.guest.Close()
 	}
+	m.warm.Close()
 	if m.layers != "" {
 		os.Remove(m.layers) // fails if there are states
 	}
@@ -406,7 +439,7 @@ func (f *runFlags) cause(ctx context.Context, err error) error {
 }
 
 // session lets the user, or the command, use the guest until one of them ends.
-func (f *runFlags) session(ctx context.Context, g *guest.Guest, cfg guest.Config, sigs *signals, p *progress, bg *background) error {
+func (f *runFlags) session(ctx context.Context, g *guest.Guest, cfg guest.Config, sigs *signals, p *progress, bg *background, warm *warm) error {
 	if cfg.Console != guest.NoConsole {
 		return f.attach(ctx, g, sigs, p)
 	}
@@ -421,6 +454,7 @@ func (f *runFlags) session(ctx context.Context, g *guest.Guest, cfg guest.Config
 		}
 		return err
 	}
+	warm.keep(ctx, g)
 	p.done()
 	slim()
 	if bg != nil {
@@ -526,6 +560,9 @@ func (f *runFlags) exec(ctx context.Context, g *guest.Guest, cfg guest.Config, s
 // shutdown asks the guest to end, and does not wait for one that is slow: nothing
 // of a fresh machine outlives it.
 func (f *runFlags) shutdown(g *guest.Guest) {
+	if len(f.disks) == 0 && f.diskSlots == 0 && f.net == "none" {
+		return // nobody waits for anything of it
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	_ = g.Shutdown(ctx)
@@ -542,6 +579,9 @@ func (f *runFlags) report(g *guest.Guest) {
 			t := g.Times()
 			fmt.Fprintf(w, "files %v, machine %v, boot to agent %v\n",
 				t.Files.Round(time.Millisecond), t.Load.Round(time.Millisecond), t.Boot.Round(time.Millisecond))
+			if f.looked != "" {
+				fmt.Fprintln(w, f.looked)
+			}
 			if u := g.VM().Stats().UserAfter; u != 0 {
 				fmt.Fprintf(w, "first KVM_RUN to the first system call of /init %v\n", u.Round(time.Millisecond))
 			}

@@ -146,22 +146,23 @@ func sizeText[T int64 | uint64](n T) string {
 }
 
 func stateSaveCommand() *cobra.Command {
-	var asJSON, quiet bool
+	var asJSON, quiet, still bool
 	var description string
 	var tags []string
 	c := &cobra.Command{
 		Use:               "save [flags] MACHINE STATE",
 		Short:             "Save a running machine's state",
-		Long:              "Save a running machine's state under a new name. It stands still while changed memory is\ncopied, and goes on while that is written. Ctrl-C ends the save and leaves nothing.",
+		Long:              "Save a running machine's state under a new name. Memory is copied while the\nmachine runs, and what it changes meanwhile again; it stands still for the last of that.\nThe state is that of this moment. With --still it stands still while all of its changed\nmemory is copied. Ctrl-C ends the save and leaves nothing.",
 		Example:           "  gondola state save dev clean\n  gondola state save dev nightly --description 'after the tests' --tag ci",
 		Args:              machineAndState,
 		ValidArgsFunction: completeMachine,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return change(cmd, opStateSave, "saving", args[0], ports.SaveRequest{Name: args[1], Description: description, Tags: tags}, asJSON, quiet)
+			return change(cmd, opStateSave, "saving", args[0], ports.SaveRequest{Name: args[1], Description: description, Tags: tags, Still: still}, asJSON, quiet)
 		},
 	}
 	c.Flags().StringVar(&description, "description", "", "what the state is, for people")
 	c.Flags().StringArrayVar(&tags, "tag", nil, "a tag (repeatable)")
+	c.Flags().BoolVar(&still, "still", false, "stop the machine at once, for the state of this moment")
 	jsonFlags(c, &asJSON, &quiet)
 	return c
 }
@@ -195,7 +196,7 @@ func completeState(cmd *cobra.Command, args []string, word string) ([]string, co
 	if len(args) == 0 {
 		return completeMachine(cmd, args, word)
 	}
-	s, err := openStates(args[0], false)
+	s, err := openStates(args[0], false, store.Options{})
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveError
 	}
@@ -218,7 +219,7 @@ func withStates(machine string, f func(*store.Store) error) error {
 	if err := control.CheckName(machine); err != nil {
 		return usageError{err}
 	}
-	s, err := openStates(machine, false)
+	s, err := openStates(machine, false, store.Options{})
 	if err != nil {
 		return err
 	}
@@ -579,6 +580,7 @@ func warnOfDisks(ctx context.Context, to io.Writer, s *store.Store, name string)
 
 func stateImportCommand() *cobra.Command {
 	var name string
+	var quota store.Options
 	c := &cobra.Command{
 		Use:     "import [flags] MACHINE FILE",
 		Short:   "Take a state from a file that export wrote; - is standard input",
@@ -607,7 +609,7 @@ func stateImportCommand() *cobra.Command {
 				defer f.Close()
 				in = f
 			}
-			s, err := openStates(args[0], true)
+			s, err := openStates(args[0], true, quota)
 			if err != nil {
 				return err
 			}
@@ -620,6 +622,7 @@ func stateImportCommand() *cobra.Command {
 			return err
 		},
 	}
+	registerQuota(c.Flags(), &quota)
 	c.Flags().StringVar(&name, "name", "", "name of the state here (default the one it was exported with)")
 	return c
 }

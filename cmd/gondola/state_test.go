@@ -18,11 +18,15 @@ import (
 
 // stateTest runs gondola state with its output.
 func stateTest(args ...string) (string, error) {
-	c := stateCommand()
+	return commandTest(append([]string{"state"}, args...)...)
+}
+
+// commandTest runs gondola with its output.
+func commandTest(args ...string) (string, error) {
+	c := rootCommand()
 	var out bytes.Buffer
 	c.SetOut(&out)
 	c.SetErr(&out)
-	c.SilenceErrors, c.SilenceUsage = true, true
 	c.SetArgs(args)
 	err := c.ExecuteContext(context.Background())
 	return out.String(), err
@@ -36,7 +40,7 @@ func TestStateCommands(t *testing.T) {
 	_, err := stateTest("list", "dev")
 	assert.ErrorContains(t, err, "has no states")
 
-	s, err := openStates("dev", true)
+	s, err := openStates("dev", true, store.Options{})
 	require.NoError(t, err)
 	parent := ""
 	for _, name := range []string{"root", "leaf", "other"} {

@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"sync"
+
+	"github.com/spf13/pflag"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/snapshot"
@@ -54,8 +57,8 @@ func statesDir(machine string) (string, error) {
 const saveBuffer = 128 << 20
 
 // openStates opens the directory of a machine's states. Unless make is set, it has
-// to be there.
-func openStates(machine string, make bool) (*store.Store, error) {
+// to be there. o has the quotas.
+func openStates(machine string, make bool, o store.Options) (*store.Store, error) {
 	dir, err := statesDir(machine)
 	if err != nil {
 		return nil, err
@@ -69,7 +72,8 @@ func openStates(machine string, make bool) (*store.Store, error) {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return nil, err
 	}
-	return store.Open(dir, store.Options{Buffer: saveBuffer})
+	o.Buffer = saveBuffer
+	return store.Open(dir, o)
 }
 
 // keepLayers gives the machine that cfg describes, whose name is settled, a place for
@@ -84,7 +88,7 @@ func keepLayers(ctx context.Context, cfg *guest.Config) error {
 	if _, err := os.Stat(cfg.DiskStates); err != nil {
 		return nil // nothing was left
 	}
-	s, err := openStates(cfg.Name, true)
+	s, err := openStates(cfg.Name, true, store.Options{})
 	if err != nil {
 		return err
 	}
@@ -95,8 +99,11 @@ func keepLayers(ctx context.Context, cfg *guest.Config) error {
 // when the first one is saved.
 type states struct {
 	machine  string
+	quota    store.Options
+	base     *store.State // that the machine was made from, if it is one of them; set before attach
 	attached chan struct{}
 	guest    *guest.Guest
+	shape    guest.Shape
 
 	mu      sync.Mutex
 	closed  bool
@@ -104,13 +111,44 @@ type states struct {
 	manager *snapshot.Manager
 }
 
-func newStates(machine string) *states {
-	return &states{machine: machine, attached: make(chan struct{})}
+func newStates(machine string, quota store.Options) *states {
+	return &states{machine: machine, quota: quota, attached: make(chan struct{})}
 }
 
+// registerQuota registers the flags of a machine's quotas.
+func registerQuota(fl *pflag.FlagSet, o *store.Options) {
+	fl.IntVar(&o.MaxStates, "max-states", 0, "states that the machine may have, counting deleted ones that others need (0: any number)")
+	fl.Var((*byteSize)(&o.MaxBytes), "max-state-bytes", "disk space that its states may take, with K, M or G (0: any)")
+}
+
+// byteSize is a flag's number of bytes.
+type byteSize int64
+
+// Set implements pflag.Value.
+func (b *byteSize) Set(s string) error {
+	var m memorySize
+	if err := m.Set(s); err != nil {
+		return err
+	}
+	if m > math.MaxInt64 {
+		return errors.New("want less than 8 EiB")
+	}
+	*b = byteSize(m)
+	return nil
+}
+
+// String implements pflag.Value.
+func (b *byteSize) String() string {
+	m := memorySize(*b)
+	return m.String()
+}
+
+// Type implements pflag.Value.
+func (b *byteSize) Type() string { return "size" }
+
 // attach gives it the guest when it runs. It may be called once.
-func (s *states) attach(g *guest.Guest) {
-	s.guest = g
+func (s *states) attach(g *guest.Guest, shape guest.Shape) {
+	s.guest, s.shape = g, shape
 	close(s.attached)
 }
 
@@ -127,16 +165,20 @@ func (s *states) get(ctx context.Context) (*snapshot.Manager, error) {
 		return nil, snapshot.ErrClosed
 	}
 	if s.manager == nil {
-		st, err := openStates(s.machine, true)
+		st, err := openStates(s.machine, true, s.quota)
 		if err != nil {
 			return nil, err
 		}
 		s.store = st
-		s.manager = snapshot.New(snapshot.Config{VM: s.guest.VM(), Store: st, Restored: s.guest.Renew, Deleted: func(ctx context.Context) {
-			if err := layers.Collect(ctx, st); err != nil { // the next start, or gondola state rm, does it
-				fmt.Fprintf(os.Stderr, "gondola: layers of deleted states: %v\n", err)
-			}
-		}})
+		s.manager = snapshot.New(snapshot.Config{
+			VM: s.guest.VM(), Store: st, Base: s.base, Restored: s.guest.Renew, Machine: map[string]string{machineShape: s.shape.String()},
+			Deleted: func(ctx context.Context) {
+				if err := layers.Collect(ctx, st); err != nil { // the next start, or gondola state rm, does it
+					fmt.Fprintf(os.Stderr, "gondola: layers of deleted states: %v\n", err)
+				}
+			},
+		})
+		s.base = nil // the manager's
 	}
 	return s.manager, nil
 }
@@ -146,6 +188,10 @@ func (s *states) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
+	if s.base != nil {
+		_ = s.base.Close() // it was only read
+		s.base = nil
+	}
 	if s.manager == nil {
 		return nil
 	}
@@ -162,7 +208,7 @@ func (s *states) ops() map[string]func(*proto.Call) {
 			if err != nil {
 				return nil, err
 			}
-			i, t, err := m.Save(ctx, snapshot.SaveOptions{Name: a.Name, Description: a.Description, Tags: a.Tags})
+			i, t, err := m.Save(ctx, snapshot.SaveOptions{Name: a.Name, Description: a.Description, Tags: a.Tags, Still: a.Still})
 			return snapshot.Result(i, t), err
 		}),
 		opStateRestore: control.Handle(func(ctx context.Context, a *ports.Name) (any, error) {

@@ -309,7 +309,7 @@ func (f *testExecFlags) inFresh(ctx context.Context, t testRun, copies []initram
 	if err := r.attach(g); err != nil {
 		return err
 	}
-	pub.attach(g, r)
+	pub.attach(g, cfg, r)
 	if err := g.Ready(ctx); err != nil {
 		return err
 	}

@@ -99,6 +99,18 @@ func Find(o Options) (Kernel, error) {
 	return b.find()
 }
 
+// Place is the path of the cached kernel's VMLinux, for those who want to know which
+// one it is: whether it is whole, only Find says.
+func Place(o Options) (path string, ok bool) {
+	b, err := newBuilder(o)
+	if err != nil {
+		return "", false
+	}
+	path = filepath.Join(b.dir(), "vmlinux")
+	_, err = os.Stat(path)
+	return path, err == nil
+}
+
 // Ensure returns the cached kernel, building it first if it is not there or is
 // damaged. Processes that need the same kernel at the same time build it once.
 // When ctx ends, the build is stopped with all its processes and leaves nothing

@@ -205,6 +205,9 @@ func networkUp() error {
 // generationFile tells programs in the guest which generation it is (spec S5.13).
 const generationFile = "/run/gondola/generation"
 
+// maxHostname is HOST_NAME_MAX of Linux.
+const maxHostname = 64
+
 // maxGeneration bounds a generation in bytes.
 const maxGeneration = 64
 
@@ -213,7 +216,8 @@ const maxGeneration = 64
 // Linux has a clock that does not depend on timer ticks. Later sessions leave a
 // clock alone that somebody may have set, unless the generation is another one: then
 // the guest was put back to an earlier state, where its clock stood still, and its
-// random generator would repeat itself. Sessions follow one another.
+// random generator would repeat itself; it may be a copy then, with another name.
+// Sessions follow one another.
 func (d *initd) greet(h proto.Hello) {
 	young := !d.greeted
 	restored := d.greeted && len(h.Generation) > 0 && !bytes.Equal(h.Generation, d.generation)
@@ -221,6 +225,11 @@ func (d *initd) greet(h proto.Hello) {
 	if n := len(h.Seed); n > 0 && n <= 512 {
 		if err := addEntropy(h.Seed, restored); err != nil {
 			logf("entropy: %v", err)
+		}
+	}
+	if h.Hostname != "" && len(h.Hostname) <= maxHostname && (young || restored) {
+		if err := syscall.Sethostname([]byte(h.Hostname)); err != nil {
+			logf("host name: %v", err)
 		}
 	}
 	var now unix.Timespec

@@ -27,6 +27,9 @@ type Hello struct {
 	// Generation, of the host only, is another one whenever the guest has been put
 	// back to a saved state or is a copy (spec S5.13).
 	Generation []byte `cbor:"10,keyasint,omitempty"`
+	// Hostname, of the host only, is a name for a guest that is new, or a copy of
+	// another; "" leaves it.
+	Hostname string `cbor:"11,keyasint,omitempty"`
 }
 
 // Request is the body of a Request frame.

@@ -92,6 +92,9 @@ type SaveRequest struct {
 	Name        string   `cbor:"1,keyasint"`
 	Description string   `cbor:"2,keyasint,omitempty"`
 	Tags        []string `cbor:"3,keyasint,omitempty"`
+	// Still makes the machine stand still while its memory is copied, instead of for
+	// the last of it only.
+	Still bool `cbor:"4,keyasint,omitempty"`
 }
 
 // RestoreRequest is the argument of restore. Op, if there is one, is performed

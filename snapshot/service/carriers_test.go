@@ -4,9 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"runtime"
 	"testing"
 
@@ -27,23 +24,6 @@ import (
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
-
-// assemble gives the bytes of a guest in testdata/guests, loaded at 0x1000.
-func assemble(t *testing.T, name string, args ...string) firmware.Boot {
-	t.Helper()
-	dir := t.TempDir()
-	obj, bin := filepath.Join(dir, "o"), filepath.Join(dir, "bin")
-	for _, c := range [][]string{
-		append([]string{"as", "--32", "-o", obj, filepath.Join("..", "..", "testdata", "guests", name)}, args...),
-		{"ld", "-m", "elf_i386", "-Ttext=0x1000", "--oformat=binary", "-o", bin, obj},
-	} {
-		out, err := exec.Command(c[0], c[1:]...).CombinedOutput()
-		require.NoError(t, err, "%v (package binutils): %s", c, out)
-	}
-	b, err := os.ReadFile(bin)
-	require.NoError(t, err)
-	return firmware.Flat{Image: firmware.Bytes(b), Addr: 0x1000, Mode: firmware.Protected}
-}
 
 // attach is a vmm.Device.
 type attach func(*vmm.Slots) error
@@ -66,11 +46,11 @@ func TestTinyGuests(t *testing.T) {
 		a    func(s *Service) error
 	}{
 		{
-			"ports", assemble(t, "ports.s"), attach(func(s *vmm.Slots) error { return pair.Attach(s) }),
+			"ports", vmmtest.Assemble(t, "../../testdata/guests/ports.s"), attach(func(s *vmm.Slots) error { return pair.Attach(s) }),
 			func(s *Service) error { return s.Attach("ports", pair.A(), pair.B()) },
 		},
 		{
-			"region", assemble(t, "region.s", "--defsym", fmt.Sprintf("REGION=%#x", place.Start)),
+			"region", vmmtest.Assemble(t, "../../testdata/guests/region.s", "--defsym", fmt.Sprintf("REGION=%#x", place.Start)),
 			attach(func(s *vmm.Slots) error { return region.Attach(s) }),
 			func(s *Service) error { return s.Attach("region", region.A(), region.B()) },
 		},

@@ -456,3 +456,27 @@ func FuzzImport(f *testing.F) {
 		require.NoError(t, s.Delete(ctx, "x"))
 	})
 }
+
+// A file that becomes shorter, or is damaged, while a state is open: its pages are
+// refused, and nothing else happens.
+func TestTruncatedWhileOpen(t *testing.T) {
+	dir := newDir(t)
+	s := openStore(t, dir, Options{})
+	save(t, s, "x", "", map[mem.Addr]uint64{0: 1, 2 * pageSize: 2, mem.HoleEnd: 3})
+	st, err := s.Get(ctx, "x")
+	require.NoError(t, err)
+	defer st.Close()
+	b := make([]byte, pageSize)
+	require.NoError(t, st.Memory().ReadPage(2*pageSize, b))
+	assert.Equal(t, page(2), b)
+	files, err := filepath.Glob(filepath.Join(dir, "*"+dataSuffix))
+	require.NoError(t, err)
+	require.Len(t, files, 1)
+	require.NoError(t, os.Truncate(files[0], headerSize+pageSize))
+	require.NoError(t, st.Memory().ReadPage(0, b))
+	for range 2 {
+		assert.ErrorIs(t, st.Memory().ReadPage(2*pageSize, b), ErrDamaged)
+	}
+	require.NoError(t, st.Memory().ReadPage(0, b))
+	assert.Equal(t, page(1), b)
+}

@@ -15,6 +15,7 @@
 package store
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/gondola-vmm/gondola/vmm/mem"
@@ -96,6 +98,7 @@ const (
 	recordSuffix = ".state"
 	tempSuffix   = ".tmp" // a record on its way
 	dataSuffix   = ".data"
+	checkSuffix  = ".checked" // see VerifyOnce
 )
 
 // Store is the states of one machine. Its methods are safe for concurrent use.
@@ -150,6 +153,7 @@ type view struct {
 	bad     map[string]error // records that cannot be read, by file name
 	data    []ID             // data files
 	temps   []string
+	checked []ID // states that VerifyOnce remembers
 }
 
 // locked calls f with the lock of the directory and what is in it.
@@ -203,6 +207,8 @@ func (s *Store) look() (*view, error) {
 		switch suffix {
 		case dataSuffix:
 			v.data = append(v.data, id)
+		case checkSuffix:
+			v.checked = append(v.checked, id)
 		case tempSuffix:
 			v.temps = append(v.temps, name)
 		case recordSuffix:
@@ -396,6 +402,14 @@ func (s *Store) gc(v *view) error {
 	used := map[ID]bool{}
 	for _, r := range v.records {
 		used[r.Data] = true
+	}
+	for _, id := range v.checked {
+		if r := v.records[id]; r != nil && !r.Deleted {
+			continue
+		}
+		if err := s.fs.Remove(id.String() + checkSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	for _, d := range v.data {
 		if used[d] {
@@ -687,7 +701,7 @@ func (s *Store) state(v *view, r *record) (_ *State, err error) {
 func (st *State) Close() error {
 	var errs []error
 	for _, d := range st.files {
-		errs = append(errs, d.f.Close())
+		errs = append(errs, d.close())
 	}
 	st.files = nil
 	return errors.Join(errs...)
@@ -745,6 +759,11 @@ func (s *Store) Verify(ctx context.Context, name string, progress func(done, tot
 		return err
 	}
 	defer st.Close()
+	return st.verify(ctx, progress)
+}
+
+func (st *State) verify(ctx context.Context, progress func(done, total int64)) error {
+	name := st.info.Name
 	for _, sec := range st.Sections() {
 		if _, _, err := st.Section(sec); err != nil {
 			return fmt.Errorf("state %q: %w", name, err)
@@ -754,7 +773,7 @@ func (s *Store) Verify(ctx context.Context, name string, progress func(done, tot
 	for _, p := range st.memory.places {
 		total += p.count
 	}
-	err = st.memory.check(ctx, st.memory.Ranges(), func(n uint64) {
+	err := st.memory.check(ctx, st.memory.Ranges(), func(n uint64) {
 		done += n
 		if progress != nil {
 			progress(int64(done*pageSize), int64(total*pageSize))
@@ -764,4 +783,49 @@ func (s *Store) Verify(ctx context.Context, name string, progress func(done, tot
 		return fmt.Errorf("state %q: %w", name, err)
 	}
 	return nil
+}
+
+// VerifyOnce is Verify of an open state, for those who map its memory, unless that was
+// done before and the host's file system says that the files have not changed since
+// (inode, size, times of change). progress is as for Verify.
+func (s *Store) VerifyOnce(ctx context.Context, st *State, progress func(done, total int64)) error {
+	name := st.info.ID.String() + checkSuffix
+	want, known := st.identity()
+	if known {
+		if have, err := readAll(s.fs, name, int64(len(want))); err == nil && bytes.Equal(have, want) {
+			return nil
+		}
+	}
+	if err := st.verify(ctx, progress); err != nil {
+		return err
+	}
+	// Also if somebody changed a file meanwhile: it has other times then.
+	if !known {
+		return nil
+	}
+	// What cannot be remembered, or only in part, is verified again. It does not
+	// change the state, so it needs no lock.
+	_ = s.fs.Remove(name)
+	if f, err := s.fs.Create(name); err == nil {
+		_ = writeAt(f, want, 0)
+		_ = f.Close()
+	}
+	return nil
+}
+
+// identity tells the state's files as they are now from all others, and from what they
+// were before a change.
+func (st *State) identity() (id []byte, ok bool) {
+	for _, d := range st.files {
+		fi, err := d.f.Stat()
+		if err != nil {
+			return nil, false
+		}
+		s, ok := fi.Sys().(*syscall.Stat_t)
+		if !ok {
+			return nil, false
+		}
+		id = fmt.Appendf(id, "%s %d %d %d %d %d\n", d.name, s.Dev, s.Ino, s.Size, s.Mtim.Nano(), s.Ctim.Nano())
+	}
+	return id, true
 }

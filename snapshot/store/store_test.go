@@ -472,3 +472,54 @@ func TestBusy(t *testing.T) {
 	assert.ErrorIs(t, err, stop)
 	assert.Equal(t, []string{"x", "y"}, names(t, b))
 }
+
+// Files are read once, and again when they have changed; what is remembered goes with
+// the state.
+func TestVerifyOnce(t *testing.T) {
+	dir := newDir(t)
+	s := openStore(t, dir, Options{})
+	save(t, s, "a", "", map[mem.Addr]uint64{0: 1, pageSize: 2})
+	save(t, s, "b", "a", map[mem.Addr]uint64{0: 3})
+	once := func(name string) (read bool, err error) {
+		st, err := s.Get(ctx, name)
+		require.NoError(t, err)
+		defer st.Close()
+		err = s.VerifyOnce(ctx, st, func(int64, int64) { read = true })
+		return read, err
+	}
+	for i := range 3 {
+		read, err := once("b")
+		require.NoError(t, err)
+		assert.Equal(t, i == 0, read)
+	}
+	// What is remembered may be damaged itself.
+	marks, err := filepath.Glob(filepath.Join(dir, "*"+checkSuffix))
+	require.NoError(t, err)
+	require.Len(t, marks, 1)
+	require.NoError(t, os.Truncate(marks[0], 7))
+	read, err := once("b")
+	require.NoError(t, err)
+	assert.True(t, read)
+	read, err = once("b")
+	require.NoError(t, err)
+	assert.False(t, read)
+
+	// A change of a file that it needs is seen, here of the parent's second page.
+	files, err := filepath.Glob(filepath.Join(dir, "*"+dataSuffix))
+	require.NoError(t, err)
+	require.Len(t, files, 2)
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		require.NoError(t, err)
+		if b[headerSize+pageSize+1] == 2 {
+			b[headerSize+pageSize+1] ^= 1
+			require.NoError(t, os.WriteFile(f, b, 0o600))
+		}
+	}
+	for range 2 {
+		_, err = once("b")
+		assert.ErrorIs(t, err, ErrDamaged)
+	}
+	require.NoError(t, s.Delete(ctx, "b"))
+	assert.NoFileExists(t, marks[0])
+}

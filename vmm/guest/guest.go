@@ -37,6 +37,7 @@ import (
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/vmm"
+	"github.com/gondola-vmm/gondola/vmm/mem"
 )
 
 // Names of virtio-serial ports: the one between agent and host, and port A and
@@ -71,6 +72,9 @@ func (c Console) device() string {
 	}
 	return ""
 }
+
+// DefaultName is that of a guest without one.
+const DefaultName = "gondola"
 
 // NoInitrd as Config.Initrd boots without an initramfs.
 const NoInitrd = "none"
@@ -140,12 +144,29 @@ type Config struct {
 	Devices []vmm.Device
 	// Gate is vmm.Config.Gate.
 	Gate vmm.Gate
+	// From, if set, starts the guest from a saved state of a guest with the same
+	// configuration, Name and Command aside, instead of booting it: another copy of
+	// it, with a generation, random numbers, the time of day and the host name of its
+	// own as soon as its agent is connected (spec S5.13).
+	From *From
+	// Copied says that states of this guest, just booted, are for From of others:
+	// with the guest kernel, nothing of Name and Command is in them.
+	Copied bool
 	// Agent is the content of the agent's binary; nil: package agentbin finds
 	// it.
 	Agent []byte
 	// Progress, if set, is told what is being done. It may be called from
 	// several goroutines.
 	Progress func(string)
+}
+
+// From is a saved state that a guest starts from (package snapshot).
+type From struct {
+	// Memory is the state's memory, for vmm.Config.Image.
+	Memory mem.Source
+	// Load puts the machine into the rest of the state before it runs, and calls
+	// restored.
+	Load func(ctx context.Context, vm *vmm.VM, restored func()) error
 }
 
 // ErrNoAgent: the guest ended, or the context did, before the agent answered. The
@@ -182,6 +203,7 @@ type Guest struct {
 	vsock *vsock.Device // nil: none
 
 	generation atomic.Pointer[[]byte]
+	first      atomic.Pointer[[]byte] // the generation that the guest starts with
 
 	stop    context.CancelFunc
 	done    chan struct{} // closed when the run has ended
@@ -201,26 +223,12 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 			g.Close()
 		}
 	}()
-	progress := cfg.Progress
-	if progress == nil {
-		progress = func(string) {}
+	progress := cfg.progress()
+	kernel, initrd, remove, err := cfg.files(ctx, progress)
+	if err != nil {
+		return nil, err
 	}
-	kernel, own := cfg.Kernel, cfg.Kernel == ""
-	if own {
-		k, err := guestkernel.Ensure(ctx, guestkernel.Options{Progress: func(e guestkernel.Event) { progress("guest kernel: " + e.String()) }})
-		if err != nil {
-			return nil, err
-		}
-		kernel = k.VMLinux
-	}
-	initrd := cfg.Initrd
-	if initrd == "" {
-		var remove func()
-		if initrd, remove, err = cfg.initramfs(ctx, own, progress); err != nil {
-			return nil, err
-		}
-		defer remove() // it is in the guest's memory by then
-	}
+	defer remove() // they are in the guest's memory by then
 	g.times.Files = time.Since(begin)
 
 	begin = time.Now()
@@ -278,26 +286,16 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	if g.vsock != nil {
 		devices = append(devices, vmm.Virtio{Name: "virtio vsock", Device: g.vsock})
 	}
-	seed := make([]byte, 64)
-	_, _ = rand.Read(seed) // never fails
-	boot := firmware.Linux{
-		Seed:           seed,
-		Kernel:         firmware.File(kernel),
-		Cmdline:        cfg.cmdline(g.ports),
-		SelfDecompress: cfg.SelfDecompress,
+	machine := vmm.Config{
+		Name: cfg.Name, VCPUs: cfg.VCPUs, Memory: cfg.Memory,
+		Devices: slices.Concat(devices, cfg.Devices), NoHostCmdline: cfg.NoHostCmdline, Reserved: place, Gate: cfg.Gate,
 	}
-	if initrd != NoInitrd {
-		boot.Initrd = []firmware.Source{firmware.File(initrd)}
+	if cfg.From != nil {
+		machine.Image = cfg.From.Memory
+	} else {
+		machine.Boot = cfg.boot(kernel, initrd, g.ports)
 	}
-	if cfg.ACPI {
-		boot.Discovery = firmware.ByACPI
-	}
-	g.vm, err = vmm.New(vmm.Config{
-		Name: cfg.Name, VCPUs: cfg.VCPUs, Memory: cfg.Memory, Boot: boot,
-		Devices: slices.Concat(devices, cfg.Devices), NoHostCmdline: cfg.NoHostCmdline,
-		Reserved: place,
-		Gate:     cfg.Gate,
-	})
+	g.vm, err = vmm.New(machine)
 	if err != nil {
 		return nil, err
 	}
@@ -305,8 +303,15 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 		return nil, err
 	}
 	g.openResources(cfg)
+	if cfg.From != nil {
+		if err := cfg.From.Load(ctx, g.vm, g.begin); err != nil {
+			return nil, err
+		}
+	}
 	g.times.Load = time.Since(begin)
-	progress("booting the guest")
+	if cfg.From == nil {
+		progress("booting the guest")
+	}
 	run, stop := context.WithCancel(context.Background())
 	g.stop = stop
 	go func() {
@@ -325,12 +330,62 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	return g, nil
 }
 
-// initramfs makes gondola's own initramfs and returns its path, and what removes
-// it if it is not worth keeping.
-func (c Config) initramfs(ctx context.Context, ownKernel bool, progress func(string)) (_ string, remove func(), err error) {
+func (c Config) progress() func(string) {
+	if c.Progress == nil {
+		return func(string) {}
+	}
+	return c.Progress
+}
+
+// ensureKernel is the guest kernel's path.
+func ensureKernel(ctx context.Context, progress func(string)) (string, error) {
+	k, err := guestkernel.Ensure(ctx, guestkernel.Options{Progress: func(e guestkernel.Event) { progress("guest kernel: " + e.String()) }})
+	return k.VMLinux, err
+}
+
+// files are the kernel and the initramfs, found or made, and what removes those that
+// are not worth keeping. A guest from a state needs neither.
+func (c Config) files(ctx context.Context, progress func(string)) (kernel, initrd string, remove func(), err error) {
+	remove = func() {}
+	if c.From != nil {
+		return "", "", remove, nil
+	}
+	kernel, own := c.Kernel, c.Kernel == ""
+	if own {
+		if kernel, err = ensureKernel(ctx, progress); err != nil {
+			return "", "", nil, err
+		}
+	}
+	if initrd = c.Initrd; initrd == "" {
+		initrd, remove, err = c.initramfs(ctx, own, progress)
+	}
+	return kernel, initrd, remove, err
+}
+
+// boot is how the guest's kernel is loaded.
+func (c Config) boot(kernel, initrd string, ports []portDevice) firmware.Linux {
+	seed := make([]byte, 64)
+	_, _ = rand.Read(seed) // never fails
+	boot := firmware.Linux{
+		Seed:           seed,
+		Kernel:         firmware.File(kernel),
+		Cmdline:        c.cmdline(ports),
+		SelfDecompress: c.SelfDecompress,
+	}
+	if initrd != NoInitrd {
+		boot.Initrd = []firmware.Source{firmware.File(initrd)}
+	}
+	if c.ACPI {
+		boot.Discovery = firmware.ByACPI
+	}
+	return boot
+}
+
+// initramfsOptions are those of gondola's own initramfs.
+func (c Config) initramfsOptions(ctx context.Context, ownKernel bool, progress func(string)) (o initramfs.Options, err error) {
 	host, err := vmm.Kind()
 	if err != nil {
-		return "", nil, err
+		return o, err
 	}
 	conf := initconf.Config{
 		Hostname: c.Name,
@@ -338,29 +393,34 @@ func (c Config) initramfs(ctx context.Context, ownKernel bool, progress func(str
 		ExitPort: 0xf4,
 		Console:  c.Console.device(),
 	}
+	if c.Copied && ownKernel {
+		conf.Hostname, conf.Command = "", nil // the agent brings them, which this kernel can reach
+	}
 	if ownKernel {
 		conf.Port = AgentPort // it has the driver, so it is worth waiting for
-	}
-	userland := c.Userland
-	if userland == "" {
-		userland = initramfs.UserlandUroot
 	}
 	if host == vmm.HostPVM {
 		// Each wake-up costs 4 ms of emulated kernel there.
 		conf.TimerSlack = 10 * time.Millisecond
-		if c.Userland == "" {
-			userland = initramfs.UserlandBusybox
-		}
 	}
 	cache, err := initramfs.DefaultCacheDir()
 	if err != nil {
-		return "", nil, err
+		return o, err
 	}
 	agent, err := agentbin.Find(ctx, c.Agent, filepath.Join(cache, "agent"))
 	if err != nil {
+		return o, err
+	}
+	return initramfs.Options{Agent: agent, Userland: c.userland(host), Config: conf, Files: c.Files, Progress: progress}, nil
+}
+
+// initramfs makes gondola's own initramfs and returns its path, and what removes
+// it if it is not worth keeping.
+func (c Config) initramfs(ctx context.Context, ownKernel bool, progress func(string)) (_ string, remove func(), err error) {
+	o, err := c.initramfsOptions(ctx, ownKernel, progress)
+	if err != nil {
 		return "", nil, err
 	}
-	o := initramfs.Options{Agent: agent, Userland: userland, Config: conf, Files: c.Files, Progress: progress}
 	if len(c.Files) == 0 {
 		path, err := initramfs.Cached(ctx, o)
 		return path, func() {}, err
@@ -376,6 +436,14 @@ func (c Config) initramfs(ctx context.Context, ownKernel bool, progress func(str
 		return "", nil, err
 	}
 	return f.Name(), remove, nil
+}
+
+// userland is the one that suits the host, unless another is asked for.
+func (c Config) userland(host vmm.HostKind) initramfs.Userland {
+	if c.Userland == "" && host == vmm.HostPVM {
+		return initramfs.UserlandBusybox
+	}
+	return cmp.Or(c.Userland, initramfs.UserlandUroot)
 }
 
 // cmdline is what gondola itself wants of the kernel, then the user's words.
@@ -408,10 +476,14 @@ func (g *Guest) connect(cfg Config) error {
 	if err != nil {
 		return err
 	}
-	g.Renew()
+	g.begin()
 	g.agent = guestagent.NewClient(agentPort{port}, guestagent.Options{SayHello: func(h *proto.Hello) {
 		h.UnixNano = time.Now().UnixNano()
-		h.Generation = *g.generation.Load()
+		generation := g.generation.Load()
+		h.Generation = *generation
+		if (cfg.From != nil || cfg.Copied) && generation == g.first.Load() {
+			h.Hostname = cmp.Or(cfg.Name, DefaultName)
+		}
 		// Another one each time: two copies of a guest must not get the same.
 		h.Seed = make([]byte, 64)
 		_, _ = rand.Read(h.Seed) // never fails
@@ -462,14 +534,27 @@ func broken(err error) error {
 	return err
 }
 
+// begin gives a guest that has not run its first generation.
+func (g *Guest) begin() {
+	id := newGeneration()
+	g.first.Store(id)
+	g.renew(id)
+}
+
+func newGeneration() *[]byte {
+	id := make([]byte, 16)
+	_, _ = rand.Read(id) // never fails
+	return &id
+}
+
 // Renew gives the guest another generation: whoever puts it to a saved state calls
 // it before the guest goes on. The agent learns of it when it is connected again,
 // which follows by itself, and gives the guest the time of day and other random
 // numbers than its copies have (spec S5.13).
-func (g *Guest) Renew() {
-	id := make([]byte, 16)
-	_, _ = rand.Read(id) // never fails
-	g.generation.Store(&id)
+func (g *Guest) Renew() { g.renew(newGeneration()) }
+
+func (g *Guest) renew(id *[]byte) {
+	g.generation.Store(id)
 	if g.agent != nil {
 		g.agent.Conn().Anew()
 	}

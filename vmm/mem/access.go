@@ -213,8 +213,11 @@ func (m *Memory) Discard(a Addr, n uint64) error {
 	return nil
 }
 
-// punch frees a range of the file; m.mu is held.
+// punch frees a range; m.mu is held.
 func (m *Memory) punch(off, n uint64) error {
+	if m.private != nil {
+		return m.discardPrivate(off, n)
+	}
 	err := unix.Fallocate(int(m.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(off), int64(n))
 	if err != nil {
 		return fmt.Errorf("mem: discard %d bytes: %w", n, err)
@@ -223,12 +226,16 @@ func (m *Memory) punch(off, n uint64) error {
 }
 
 // Populated are the ranges of RAM that may be other than zero, ascending: those for
-// which the backing file has pages. Reading elsewhere would make it have some.
+// which the backing file, or a mapping without one, has pages. Reading elsewhere
+// would make it have some.
 func (m *Memory) Populated() ([]Range, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	if m.closed.Load() {
 		return nil, ErrClosed
+	}
+	if m.private != nil {
+		return m.populatedPrivate()
 	}
 	var rs []Range
 	fd := int(m.file.Fd())

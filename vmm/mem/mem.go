@@ -1,7 +1,8 @@
 // Package mem is guest memory: guest-physical addresses as a type, and the only
 // way to touch what is behind them.
 //
-// RAM is one sealed memfd, mapped once. It appears in guest-physical address
+// RAM is one sealed memfd, mapped once, or private mappings of a saved state's files
+// (Options.Source). It appears in guest-physical address
 // space in one or two regions around the device window [HoleStart, HoleEnd). The
 // guest writes to it at any time and from other processors, so what is read
 // twice may differ: a device copies what it checks (ReadAt) or reads it with one
@@ -97,6 +98,18 @@ type Options struct {
 	// is a SIGBUS in the middle of an accessor, and a page given back by a
 	// balloon may not be had again.
 	HugePages bool
+	// Source, if set, gives the memory its first content.
+	Source Source
+}
+
+// Source is where guest memory that is not zero at first comes from: a saved state.
+type Source interface {
+	// Data are the ranges of RAM that Map makes other than zero, ascending.
+	Data() []Range
+	// Map replaces the size bytes of this process's memory at addr by those of guest
+	// memory from gpa on, all in one region: by private, writable mappings of files,
+	// so that pages arrive as they are touched and are shared until they are written.
+	Map(addr unsafe.Pointer, gpa Addr, size uint64) error
 }
 
 // Memory is the RAM of one machine. All methods are safe for concurrent use.
@@ -110,9 +123,10 @@ type Memory struct {
 	// mu keeps the file open while Discard uses its number, and guards what
 	// follows.
 	mu      sync.RWMutex
-	file    *os.File
-	mapping mapping
+	file    *os.File // nil: see private.go
+	mapping mapping  // all of it, guards included
 	cleanup runtime.Cleanup
+	private *private // nil: the mapping is shared with file
 
 	// Whether the mapping is shared, found out once.
 	sharedOnce sync.Once
@@ -130,6 +144,9 @@ func New(size uint64, o Options) (*Memory, error) {
 		if err := checkHugePages("/sys/kernel/mm/transparent_hugepage"); err != nil {
 			return nil, err
 		}
+	}
+	if o.Source != nil {
+		return newPrivate(size, o)
 	}
 	fd, err := unix.MemfdCreate("gondola-ram", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
@@ -192,6 +209,16 @@ func setting(path string) (string, error) {
 	return s, nil
 }
 
+// mapZero replaces what is mapped at base by anonymous memory, in one step.
+func mapZero(base unsafe.Pointer, size uintptr) error {
+	_, err := unix.MmapPtr(-1, 0, base, size, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE|unix.MAP_FIXED)
+	if err != nil {
+		return fmt.Errorf("mem: replace mapping: %w", err)
+	}
+	return nil
+}
+
 // mapping is a mapped range of the host's address space.
 type mapping struct {
 	base unsafe.Pointer
@@ -242,11 +269,11 @@ func (m *Memory) Regions() []Region {
 }
 
 // Host is the host virtual address of a region of Regions, for KVM memslots only.
-// It is a mapping of the backing file until Close and valid until Unmap.
+// It is a mapping of the memory until Close and valid until Unmap.
 func (m *Memory) Host(r Region) uintptr { return uintptr(m.base) + uintptr(r.Offset) }
 
-// File is the memfd behind the memory. It belongs to the Memory, which closes it:
-// a user of its number must have ended before Close.
+// File is the memfd behind the memory, nil if that came from a Source. It belongs to
+// the Memory, which closes it: a user of its number must have ended before Close.
 func (m *Memory) File() *os.File { return m.file }
 
 // Close ends the memory: accessors answer ErrClosed from now on, and the host has
@@ -261,10 +288,11 @@ func (m *Memory) Close() error {
 	}
 	m.dirty.Store(nil)
 	// MAP_FIXED replaces the file's pages in one step.
-	_, err := unix.MmapPtr(-1, 0, m.base, m.mapping.size, unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE|unix.MAP_FIXED)
+	err := mapZero(m.base, uintptr(m.Size()))
+	if m.private != nil {
+		return err
+	}
 	if err != nil {
-		err = fmt.Errorf("mem: replace mapping: %w", err)
 		// The mapping keeps the file alive, so empty it.
 		err = errors.Join(err, m.punch(0, m.Size()))
 	}

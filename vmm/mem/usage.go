@@ -17,13 +17,17 @@ import (
 // what was written to it would be lost.
 var ErrPrivate = errors.New("mem: not a shared mapping")
 
-// Allocated is the host memory behind the file, in RAM or swap, in bytes: what
-// the guest or the VMM has touched and nobody has discarded.
+// Allocated is the host memory that is this machine's alone, in RAM or swap, in
+// bytes: what the guest or the VMM has touched (written, in memory from a Source) and
+// nobody has discarded.
 func (m *Memory) Allocated() (uint64, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	if m.closed.Load() {
 		return 0, ErrClosed
+	}
+	if m.private != nil {
+		return m.allocatedPrivate()
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(int(m.file.Fd()), &st); err != nil {
@@ -55,11 +59,16 @@ func (m *Memory) Usage() (u Usage, err error) {
 		default:
 			return
 		}
-		// A line of another form, which the kernel does not write, is 0.
-		n, _ := strconv.ParseUint(strings.TrimSuffix(value, " kB"), 10, 64)
-		*to += n << 10
+		*to += kib(value)
 	})
 	return u, err
+}
+
+// kib reads a size of smaps, in bytes. A line of another form, which the kernel does
+// not write, is 0.
+func kib(value string) uint64 {
+	n, _ := strconv.ParseUint(strings.TrimSuffix(value, " kB"), 10, 64)
+	return n << 10
 }
 
 // smaps calls f with the lines of /proc/self/smaps that belong to the mapping.
@@ -69,12 +78,17 @@ func (m *Memory) smaps(f func(key, value string)) error {
 	if m.closed.Load() {
 		return ErrClosed
 	}
+	return m.readSmaps(f)
+}
+
+// readSmaps is smaps; m.mu is held.
+func (m *Memory) readSmaps(f func(key, value string)) error {
 	file, err := os.Open("/proc/self/smaps")
 	if err != nil {
 		return fmt.Errorf("mem: %w", err)
 	}
 	defer file.Close()
-	first, last := uint64(uintptr(m.base)), uint64(uintptr(m.base))+uint64(m.mapping.size)
+	first, last := uint64(uintptr(m.base)), uint64(uintptr(m.base))+m.Size()
 	inside := false
 	s := bufio.NewScanner(file)
 	for s.Scan() {
@@ -148,7 +162,7 @@ func (m *Memory) checkShared() error {
 			m.sharedErr = fmt.Errorf("mem: %w", err)
 			return
 		}
-		first, last := uint64(uintptr(m.base)), uint64(uintptr(m.base))+uint64(m.mapping.size)
+		first, last := uint64(uintptr(m.base)), uint64(uintptr(m.base))+m.Size()
 		covered := uint64(0)
 		for line := range strings.Lines(string(b)) {
 			f := strings.Fields(line)
@@ -171,10 +185,6 @@ func (m *Memory) checkShared() error {
 	})
 	return m.sharedErr
 }
-
-// presentBit of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/
-// pagemap.rst): the page is in the process's page tables.
-const presentBit = 1 << 63
 
 // Touched tells for each of the pages whether anybody has accessed it since
 // Forget, the guest included. Pages that were never there are not touched. The
@@ -202,7 +212,7 @@ func (m *Memory) Touched(addrs []Addr, touched []bool) error {
 		if _, err := f.ReadAt(b[:], int64((uint64(uintptr(m.base))+off)/uint64(os.Getpagesize())*8)); err != nil {
 			return fmt.Errorf("mem: pagemap: %w", err)
 		}
-		touched[i] = binary.LittleEndian.Uint64(b[:])&presentBit != 0
+		touched[i] = binary.LittleEndian.Uint64(b[:])&pagemapPresent != 0
 	}
 	return nil
 }
