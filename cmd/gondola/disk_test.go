@@ -134,7 +134,9 @@ func TestLimitsAndHotDisks(t *testing.T) {
 	for _, state := range []string{"down", "up"} {
 		r = gondola(t, "link", "m", state)
 		require.Zero(t, r.code, r.stderr)
+		m.mu.Lock()
 		assert.Equal(t, state == "down", m.down)
+		m.mu.Unlock()
 	}
 	r = gondola(t, "link", "m", "sideways")
 	assert.Equal(t, exitUsage, r.code)
