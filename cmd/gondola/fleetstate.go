@@ -136,7 +136,8 @@ func claimFleet(name string) (*fleetDir, error) {
 		}
 		d.lock.Close()
 	}
-	if err := d.lock.Truncate(0); err == nil {
+	err = d.lock.Truncate(0)
+	if err == nil {
 		_, err = d.lock.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0)
 	}
 	if err != nil {

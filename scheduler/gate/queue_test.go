@@ -17,7 +17,6 @@ type bench struct {
 	q     *Queue
 	now   time.Duration
 	tasks []*worker
-	idle  time.Duration // slot time that nobody used
 	slots int
 }
 

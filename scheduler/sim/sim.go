@@ -135,7 +135,6 @@ type machine struct {
 	limit   scheduler.Amounts // 0: none
 	count   scheduler.Sample
 	got     scheduler.Amounts
-	wanted  float64 // processor seconds
 	latency *histogram
 }
 

@@ -64,9 +64,7 @@ func TestActivityAgainstLinux(t *testing.T) {
 	one := scheduler.Amounts{scheduler.CPU: 1}
 	for _, hogs := range []int{1, 2, 4} {
 		tr := synthetic(t, "machines=1,seconds=20,latency=1")
-		for _, m := range synthetic(t, "machines=4,seconds=20,hog=1").Machines[:hogs] {
-			tr.Machines = append(tr.Machines, m)
-		}
+		tr.Machines = append(tr.Machines, synthetic(t, "machines=4,seconds=20,hog=1").Machines[:hogs]...)
 		lin, rr, act := simulate(t, tr, "linux", 1, one), simulate(t, tr, "roundrobin", 1, one), simulate(t, tr, "activity", 1, one)
 		assert.LessOrEqual(t, act.Latency["latency"].P99*5, rr.Latency["latency"].P99, "%d hogs", hogs)
 		assert.LessOrEqual(t, act.Latency["latency"].P99, lin.Latency["latency"].P99, "%d hogs", hogs)
