@@ -44,7 +44,7 @@ func TestLinux(t *testing.T) {
 	}
 	now := func(script string) string { return g.Sh(t, script) }
 
-	now("echo old >/tmp/f; echo 1 >/tmp/beat; (while :; do date >/tmp/beat; echo tick >/dev/ttyS0; sleep 0.05; done) </dev/null >/dev/null 2>&1 & echo $! >/tmp/pid")
+	now("echo old >/tmp/f; echo 1 >/tmp/beat; (while :; do date >/tmp/beat.new; mv /tmp/beat.new /tmp/beat; echo tick >/dev/ttyS0; sleep 0.05; done) </dev/null >/dev/null 2>&1 & echo $! >/tmp/pid")
 	i, times, err := m.Save(ctx, snapshot.SaveOptions{Name: "one"})
 	require.NoError(t, err)
 	t.Logf("full save: %d pages, pause %v of %v", i.Pages, times.Pause, times.Total)

@@ -71,7 +71,7 @@ func TestEnvironments(t *testing.T) {
 	do("env", "detach", "one", "data")
 	do("disk", "detach", "one", "vda")
 	do("env", "attach", "one", "again", image)
-	assert.Equal(t, "kept\n", do("env", "run", "one", "again", "--", "cat", "/kept"))
+	assert.Equal(t, "kept\n", do("env", "run", "one", "again", "--", "sh", "-c", "cat /kept"))
 	do("stop", "one")
 
 	do("run", "-d", "--name", "two", "--userland", "uroot")
