@@ -634,7 +634,7 @@ func TestPauseUnderLoad(t *testing.T) {
 	before := make([]byte, len(all))
 	pauses := 0
 	traffic(t, g, ports, 300<<10, func(round int) {
-		if round%500 != 250 || pauses == 10 {
+		if round%20 != 10 || pauses == 10 {
 			return
 		}
 		pauses++
