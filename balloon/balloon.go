@@ -330,10 +330,12 @@ func (d *Device) isClosed() bool {
 	return d.closed
 }
 
-// Audit looks which pages of the balloon have host memory all the same: the guest
-// uses what it has given up. It gives them back again if release is set, which a
-// driver that has agreed to tell the host first (5.5.3, MUST_TELL_HOST) cannot
-// mind, and nothing is done with another. It returns the number of bytes found.
+// Audit looks which pages of the balloon have host memory all the same. It gives
+// them back again if release is set, which a driver that has agreed to tell the host
+// first (5.5.3, MUST_TELL_HOST) cannot mind, and nothing is done with another. It
+// returns the number of bytes that the guest uses although it has given them up.
+// Pages of zeros are not counted: a host with huge pages for shared memory brings
+// them in with their neighbours.
 func (d *Device) Audit(release bool) (uint64, error) {
 	d.mu.Lock()
 	release = release && d.driver && d.features&FeatureMustTellHost != 0 && !d.paused

@@ -216,7 +216,13 @@ func (p *pages) auditPart(at int, vec []byte, release, frozen bool) (found uint6
 				if v&1 == 0 {
 					continue
 				}
-				found += mem.PageSize
+				page, err := p.mem.View(p.addr(i+uint64(j)), mem.PageSize)
+				if err != nil {
+					return found, false, err
+				}
+				if *(*[mem.PageSize]byte)(page) != [mem.PageSize]byte{} {
+					found += mem.PageSize
+				}
 				if release && (frozen || !p.paused) {
 					if err := p.mem.Discard(p.addr(i+uint64(j)), mem.PageSize); err != nil {
 						return found, false, err

@@ -58,18 +58,17 @@ type Estimate struct {
 }
 
 // Sampler estimates how much of its memory a guest uses, without its help (S3.6):
-// it chooses pages at random, makes the page tables forget them, and looks which
-// are back after an interval (docs/working-set.md). It is safe for concurrent use.
+// it chooses pages at random, makes the page tables forget that they were used, and
+// looks which were again after an interval (docs/working-set.md). It is safe for concurrent use.
 type Sampler struct {
 	cfg SamplerConfig
 	mem *mem.Memory
 	dev *Device // may be nil: no balloon
 
-	mu      sync.Mutex
-	pages   []mem.Addr
-	touched []bool
-	seen    map[mem.Addr]struct{}
-	est     Estimate
+	mu    sync.Mutex
+	pages []mem.Addr
+	seen  map[mem.Addr]struct{}
+	est   Estimate
 }
 
 // NewSampler makes a sampler of a machine's memory; d, if not nil, is its balloon,
@@ -136,7 +135,8 @@ func (s *Sampler) count() (float64, error) {
 	if len(s.pages) == 0 {
 		return 0, nil
 	}
-	if err := s.mem.Touched(s.pages, s.touched[:len(s.pages)]); err != nil {
+	touched, err := s.mem.Touched(s.pages)
+	if err != nil {
 		return 0, fmt.Errorf("working set: %w", err)
 	}
 	n, all := 0, 0
@@ -145,7 +145,7 @@ func (s *Sampler) count() (float64, error) {
 			continue
 		}
 		all++
-		if s.touched[i] {
+		if touched[i] {
 			n++
 		}
 	}
@@ -159,9 +159,6 @@ func (s *Sampler) count() (float64, error) {
 func (s *Sampler) choose() error {
 	s.pages = s.pages[:0]
 	clear(s.seen)
-	if s.touched == nil {
-		s.touched = make([]bool, s.cfg.Samples)
-	}
 	regions := s.mem.Regions()
 	// A balloon of almost all memory, or a small memory, leaves few to choose.
 	for range 16 * s.cfg.Samples {
@@ -178,10 +175,11 @@ func (s *Sampler) choose() error {
 			continue
 		}
 		s.seen[a&^(window-1)] = struct{}{}
-		if err := s.mem.Forget(a); err != nil {
-			return fmt.Errorf("working set: %w", err)
-		}
 		s.pages = append(s.pages, a)
+	}
+	if err := s.mem.Watch(s.pages); err != nil {
+		s.pages = s.pages[:0]
+		return fmt.Errorf("working set: %w", err)
 	}
 	return nil
 }

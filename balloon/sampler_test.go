@@ -31,7 +31,7 @@ func touchAll(t testing.TB, m *mem.Memory, a mem.Addr, n uint64, write bool) {
 var sink byte
 
 func TestSamplerSeesWhatIsTouched(t *testing.T) {
-	const size = 96 * mib
+	const size = 48 * mib
 	for _, write := range []bool{true, false} {
 		r := start(t, size, balloon.Config{})
 		touchAll(t, r.Mem, 0, size, true)

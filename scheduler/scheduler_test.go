@@ -122,7 +122,7 @@ func TestCollector(t *testing.T) {
 		stuck := SourceFunc(func(context.Context) (Sample, error) { asked.Add(1); <-hang; return Sample{}, nil })
 		c := Collector{Serial: serial}
 		ms := []Watched{{Spec{Name: "a"}, stuck}, {Spec{Name: "b"}, fine}, {Spec{Name: "c"}, fine}}
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
 		got := c.Collect(ctx, ms)
 		cancel()
 		require.ErrorIs(t, got[0].Err, context.DeadlineExceeded)

@@ -13,12 +13,14 @@ import (
 	"github.com/gondola-vmm/gondola/snapshot/store"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 // A Linux guest is saved with a balloon, put back in place, and put into another
 // machine: what it had given up stays with the host, its target and statistics go
 // on, and what is handed back is zero (S3.11).
 func TestLinuxBalloon(t *testing.T) {
+	needkvm.Heavy(t)
 	const mib = 1 << 20
 	cfg := guest.Config{Name: "balloon", Memory: 128 * mib, Balloon: balloon.Config{NoReporting: true}}
 	g := vmmtest.Boot(t, cfg)

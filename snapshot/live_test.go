@@ -41,7 +41,7 @@ var wave = firmware.Flat{Addr: 0x1000, Mode: firmware.Protected, Image: firmware
 // slowDevice writes a number to guest memory, long after it has asked for the page, and
 // has the same number in its state.
 type slowDevice struct {
-	mu     sync.Mutex // while it works
+	works  chan struct{} // holds one while it works, or is paused
 	memory *mem.Memory
 	n      uint64
 	stop   chan struct{}
@@ -51,18 +51,22 @@ type slowDevice struct {
 const slowAt = 0x3000
 
 func (d *slowDevice) Attach(s *vmm.Slots) error {
-	d.memory, d.stop = s.Memory(), make(chan struct{})
+	d.memory, d.stop, d.works = s.Memory(), make(chan struct{}), make(chan struct{}, 1)
 	s.AtClose(func() error { close(d.stop); d.done.Wait(); return nil })
 	d.done.Go(func() {
 		for {
-			d.mu.Lock()
+			select {
+			case d.works <- struct{}{}:
+			case <-d.stop: // perhaps of a machine that is paused
+				return
+			}
 			v, err := d.memory.MutableView(slowAt, 8)
 			time.Sleep(300 * time.Microsecond)
 			if err == nil {
 				d.n++
 				binary.LittleEndian.PutUint64(v, d.n)
 			}
-			d.mu.Unlock()
+			<-d.works
 			select {
 			case <-d.stop:
 				return
@@ -73,8 +77,8 @@ func (d *slowDevice) Attach(s *vmm.Slots) error {
 	return s.Ports(0x90, 1, "slow", d)
 }
 
-func (d *slowDevice) Pause()                   { d.mu.Lock() }
-func (d *slowDevice) Resume()                  { d.mu.Unlock() }
+func (d *slowDevice) Pause()                   { d.works <- struct{}{} }
+func (d *slowDevice) Resume()                  { <-d.works }
 func (d *slowDevice) Read(_ uint64, b []byte)  { clear(b) }
 func (d *slowDevice) Write(_ uint64, _ []byte) {}
 

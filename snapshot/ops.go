@@ -66,6 +66,9 @@ func Ops(get func(context.Context) (*Manager, error)) map[string]service.Op {
 			if err == nil && m.cfg.Deleted != nil {
 				m.cfg.Deleted(ctx)
 			}
+			if err == nil {
+				m.Free()
+			}
 			return nil, err
 		}),
 		OpDescribe: op(get, func(ctx context.Context, m *Manager, _ *service.Call, a *ports.DescribeRequest) (any, error) {

@@ -76,11 +76,16 @@ type Manager struct {
 	listeners map[int]func(Event)
 	next      int
 	current   string
+	freeing   bool // a goroutine is at it
+	frees     sync.WaitGroup
+	stopFrees context.CancelFunc
+	freeCtx   context.Context
 }
 
 // New makes a manager of a machine.
 func New(cfg Config) *Manager {
 	m := &Manager{cfg: cfg, sem: make(chan struct{}, 1), listeners: map[int]func(Event){}}
+	m.freeCtx, m.stopFrees = context.WithCancel(context.Background())
 	if cfg.Base != nil {
 		_ = m.setCurrent(cfg.Base, nil) // closes nothing
 	}
@@ -129,6 +134,11 @@ func (m *Manager) baseline(f *vmm.Frozen) (err error) {
 // Close frees what the manager has; saves and restores under way come first. It is
 // idempotent.
 func (m *Manager) Close() error {
+	m.stopFrees()
+	m.mu.Lock()
+	m.freeing = true // no other one
+	m.mu.Unlock()
+	m.frees.Wait()
 	m.sem <- struct{}{}
 	defer func() { <-m.sem }()
 	if m.closed {
@@ -136,6 +146,46 @@ func (m *Manager) Close() error {
 	}
 	m.closed = true
 	return m.setCurrent(nil, nil)
+}
+
+// Free begins to free, in the background, the disk space that deleted states keep for
+// one other alone (store.Store.Reclaim), where it is worth it. Close ends it; what is
+// not freed then is at the next time.
+func (m *Manager) Free() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.freeing {
+		return
+	}
+	m.freeing = true
+	m.frees.Go(func() {
+		// What fails leaves the states as they are, with more on the disk.
+		freed, err := m.cfg.Store.Reclaim(m.freeCtx, store.WorthMuch, nil)
+		if err == nil && freed != 0 {
+			m.reopen()
+		}
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.freeing = m.freeCtx.Err() != nil
+	})
+}
+
+// reopen lets go of files that the current state does not need any more.
+func (m *Manager) reopen() {
+	if m.begin(m.freeCtx) != nil {
+		return
+	}
+	defer func() { <-m.sem }()
+	if m.cur == nil {
+		return
+	}
+	st, err := m.cfg.Store.GetID(m.freeCtx, m.cur.ID())
+	if err != nil { // deleted: what is open is all that there is of it
+		return
+	}
+	_ = m.cur.Close() // it was only read
+	m.cur = st
+	_, _ = m.cfg.Store.Reclaim(m.freeCtx, store.WorthMuch, nil) // removes the files
 }
 
 // Store is where the states are.

@@ -3,8 +3,10 @@ package snapshot_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -139,6 +141,109 @@ func TestTree(t *testing.T) {
 	_, _, err = m.Save(m.ctx, snapshot.SaveOptions{Name: "leaf"})
 	assert.ErrorIs(t, err, store.ErrExists)
 	m.passes(m.value()) // and it runs on
+}
+
+// What a deleted parent keeps for the current state alone is freed while the machine
+// runs, and the machine goes on in its tree.
+func TestFree(t *testing.T) {
+	m := newMachine(t, filepath.Join(t.TempDir(), "states"), store.Options{})
+	m.put(0x10000, 1)
+	m.save("root")
+	m.put(0x10000, 2)
+	m.put(0x20000, 2)
+	m.save("leaf")
+	require.NoError(t, m.Store().Delete(m.ctx, "root"))
+	m.Free()
+	require.Eventually(t, func() bool {
+		n, _, err := m.Store().Usage(m.ctx)
+		require.NoError(t, err)
+		return n == 1
+	}, 20*time.Second, 10*time.Millisecond)
+	m.put(0x20000, 3)
+	m.restore("leaf")
+	assert.Equal(t, []uint64{2, 2}, []uint64{m.get(0x10000), m.get(0x20000)})
+	m.put(0x10000, 4)
+	m.save("next")
+	m.restore("leaf")
+	m.restore("next")
+	assert.Equal(t, []uint64{4, 2}, []uint64{m.get(0x10000), m.get(0x20000)})
+	require.NoError(t, m.Close())
+	m.Free() // nothing any more
+}
+
+// A restore that is asked for while a save goes on waits for it; one of a state that is
+// not there, or that the save under way makes, is no different.
+func TestRestoreDuringSave(t *testing.T) {
+	m := newMachine(t, filepath.Join(t.TempDir(), "states"), store.Options{})
+	m.put(0x10000, 1)
+	m.save("one")
+	m.put(0x10000, 2)
+	events := make(chan snapshot.Event, 4)
+	defer m.Listen(func(e snapshot.Event) { events <- e })()
+	restored := make(chan error, 3)
+	once := sync.OnceFunc(func() {
+		for _, name := range []string{"one", "two", "missing"} {
+			go func() {
+				_, _, err := m.Restore(m.ctx, name)
+				restored <- err
+			}()
+		}
+		time.Sleep(20 * time.Millisecond) // they are at it
+	})
+	_, _, err := m.Save(m.ctx, snapshot.SaveOptions{Name: "two", Progress: func(uint64, uint64) { once() }})
+	require.NoError(t, err)
+	missing := 0
+	for range 3 {
+		if err := <-restored; err != nil {
+			assert.ErrorIs(t, err, store.ErrNotFound)
+			missing++
+		}
+	}
+	assert.Equal(t, 1, missing)
+	first := <-events
+	assert.Equal(t, snapshot.OpSave, first.Op, "it came first")
+	assert.NoError(t, first.Err)
+	for range 3 {
+		assert.Equal(t, snapshot.OpRestore, (<-events).Op)
+	}
+	m.restore("two")
+	assert.EqualValues(t, 2, m.get(0x10000))
+	m.restore("one")
+	assert.EqualValues(t, 1, m.get(0x10000))
+}
+
+// Two processes that save under one name, or change one tree, do not get in each
+// other's way: one of them has the name, and the states of both are whole.
+func TestTwoWriters(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "states")
+	machines := []*machine{newMachine(t, dir, store.Options{}), newMachine(t, dir, store.Options{})}
+	machines[0].save("base")
+	var wg sync.WaitGroup
+	errs := make([]error, 2)
+	for i, m := range machines {
+		wg.Go(func() {
+			_, _, err := m.Restore(m.ctx, "base")
+			assert.NoError(t, err)
+			m.put(0x10000, uint64(i+1))
+			_, _, errs[i] = m.Save(m.ctx, snapshot.SaveOptions{Name: "same"})
+			_, _, err = m.Save(m.ctx, snapshot.SaveOptions{Name: fmt.Sprint("own", i)})
+			assert.NoError(t, err)
+		})
+	}
+	wg.Wait()
+	winner := 0
+	if errs[0] != nil {
+		winner = 1
+	}
+	assert.NoError(t, errs[winner])
+	assert.ErrorIs(t, errs[1-winner], store.ErrExists)
+	for i, m := range machines {
+		m.restore("same")
+		assert.EqualValues(t, winner+1, m.get(0x10000))
+		m.restore(fmt.Sprint("own", 1-i))
+		assert.EqualValues(t, 2-i, m.get(0x10000), "the other one's")
+		m.passes(m.value())
+	}
 }
 
 // States are restored by a later machine of the same kind, all of memory included,

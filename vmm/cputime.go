@@ -1,6 +1,8 @@
 package vmm
 
 import (
+	"fmt"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -10,6 +12,30 @@ import (
 // and VMM together; nil when the machine has been closed. That of a vCPU which the
 // guest has taken offline stands still.
 func (vm *VM) CPUTimes() []time.Duration {
+	return vm.perThread(func(tid int) (time.Duration, error) {
+		var ts unix.Timespec
+		err := unix.ClockGettime(threadClock(tid), &ts)
+		return time.Duration(ts.Nano()), err
+	})
+}
+
+// CPUWaits is the time that each vCPU's thread was ready to run and waited for a
+// processor of the host (Documentation/scheduler/sched-stats.rst); nil when the
+// machine has been closed, or the host's kernel does not tell.
+func (vm *VM) CPUWaits() []time.Duration {
+	return vm.perThread(func(tid int) (waited time.Duration, err error) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/schedstat", tid))
+		if err != nil {
+			return 0, err
+		}
+		var ran uint64
+		_, err = fmt.Sscan(string(b), &ran, &waited)
+		return waited, err
+	})
+}
+
+// perThread asks for the thread of each vCPU; nil if one cannot be had.
+func (vm *VM) perThread(f func(tid int) (time.Duration, error)) []time.Duration {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
 	times := make([]time.Duration, 0, len(vm.vcpus))
@@ -17,11 +43,11 @@ func (vm *VM) CPUTimes() []time.Duration {
 		if !c.live {
 			return nil // its thread may be gone, and its number another's
 		}
-		var ts unix.Timespec
-		if unix.ClockGettime(threadClock(c.tid), &ts) != nil {
+		t, err := f(c.tid)
+		if err != nil {
 			return nil
 		}
-		times = append(times, time.Duration(ts.Nano()))
+		times = append(times, t)
 	}
 	return times
 }

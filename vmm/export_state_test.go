@@ -1,11 +1,17 @@
 package vmm
 
 import (
+	"slices"
+	"sync"
 	"testing"
+	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/gondola-vmm/gondola/devices"
+	"github.com/gondola-vmm/gondola/vmm/kvm"
+	"github.com/gondola-vmm/gondola/vmm/mem"
 )
 
 // GeneralRegisters are those of a vCPU's section.
@@ -13,6 +19,75 @@ func GeneralRegisters(t testing.TB, s Section) []byte {
 	var v vcpuState
 	require.NoError(t, devices.DecodeState(devices.State{Version: s.Version, Data: s.Data}, stateVersion, &v))
 	return v.Regs
+}
+
+// BareIoctls makes the system calls of TakeDirty and Load once more, each measured
+// alone, and returns their sum: those of a vCPU without the ways to its thread and back.
+func BareIoctls(f *Frozen, p *Prepared) (sum time.Duration, err error) {
+	vm := f.vm
+	var mu sync.Mutex
+	timed := func(g func() error) error {
+		begin := time.Now()
+		err := g()
+		mu.Lock()
+		sum += time.Since(begin)
+		mu.Unlock()
+		return err
+	}
+	for i, r := range vm.mem.Regions() {
+		log := make([]uint64, (r.Size/mem.PageSize+63)/64)
+		if err := timed(func() error { return vm.kvm.DirtyLog(uint32(i), log) }); err != nil {
+			return 0, err
+		}
+	}
+	if vm.host == HostPVM {
+		if err := timed(vm.remapMemory); err != nil {
+			return 0, err
+		}
+	}
+	if err := timed(func() error { return vm.loadChips(p.chips) }); err != nil {
+		return 0, err
+	}
+	if err := vm.onVCPUs(func(c *vcpu) error { return timed(func() error { return c.load(p.cpus[c.id]) }) }); err != nil {
+		return 0, err
+	}
+	if err := timed(func() error { return vm.kvm.SetClock(&kvm.ClockData{Clock: p.chips.clock}) }); err != nil {
+		return 0, err
+	}
+	return sum, vm.onVCPUs(func(c *vcpu) error {
+		return timed(func() error {
+			_ = c.k.ClockCtrl() // EINVAL: the guest does not use it
+			return nil
+		})
+	})
+}
+
+// A state of another processor or host is refused with what is different.
+func TestFits(t *testing.T) {
+	leaf := func(eax uint32) []byte {
+		e := kvm.CPUIDEntry{Function: 7, EAX: eax}
+		return slices.Clone(raw(&e))
+	}
+	have := machineState{VCPUs: 1, Memory: 1 << 20, Host: int(HostHardware), XSave: 4096, CPUID: leaf(1), TSCKHz: 3_000_000}
+	assert.NoError(t, have.fits(&have))
+	for want, change := range map[string]func(*machineState){
+		"another type of processor (CPUID leaf 0x7.0)":      func(s *machineState) { s.CPUID = leaf(2) },
+		"another type of processor (2 CPUID leaves, here 1": func(s *machineState) { s.CPUID = append(leaf(1), leaf(1)...) },
+		"another type of processor (0 CPUID leaves":         func(s *machineState) { s.CPUID = []byte{1} },
+		"8192 bytes of extended state, this one 4096":       func(s *machineState) { s.XSave = 8192 },
+		"it is of a pvm host":                               func(s *machineState) { s.Host = int(HostPVM) },
+		"its TSC runs at 3001000 kHz":                       func(s *machineState) { s.TSCKHz += 1000 },
+		"it has 4 vCPUs, this machine 1":                    func(s *machineState) { s.VCPUs = 4 },
+	} {
+		s := have
+		change(&s)
+		err := s.fits(&have)
+		assert.ErrorIs(t, err, ErrState, want)
+		assert.ErrorContains(t, err, want)
+	}
+	near := have
+	near.TSCKHz += 500 // what KVM measures at boot is no more exact
+	assert.NoError(t, near.fits(&have))
 }
 
 // FuzzVCPUState: whatever a section of a state says, it is refused or makes sense.
@@ -47,3 +122,6 @@ func FuzzVCPUState(f *testing.F) {
 		}
 	})
 }
+
+// NewTrigger binds an edge to a GSI that is claimed already.
+func NewTrigger(s *Slots, gsi uint32) (devices.Trigger, error) { return s.vm.newTrigger(gsi) }

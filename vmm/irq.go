@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -51,6 +52,18 @@ type line struct {
 }
 
 func (l line) Set(high bool) {
+	h := &l.vm.held
+	if h.enter() {
+		defer h.mu.Unlock()
+		was := h.lines[l.gsi]
+		h.lines[l.gsi] = heldLine{true, high, was.changed || was.set || !h.applying}
+		return
+	}
+	defer h.mu.RUnlock()
+	l.set(high)
+}
+
+func (l line) set(high bool) {
 	l.vm.kvmMu.RLock()
 	defer l.vm.kvmMu.RUnlock()
 	if !l.vm.kvmClosed {
@@ -59,13 +72,27 @@ func (l line) Set(high bool) {
 }
 
 // trigger is an irqfd (devices.Trigger).
-type trigger struct{ f *os.File }
+type trigger struct {
+	vm *VM
+	f  *os.File
+}
 
 var one = []byte{1, 0, 0, 0, 0, 0, 0, 0}
 
 // Trigger adds one to the eventfd. The file's own locking makes a write after
 // Close harmless; a full counter cannot happen, KVM drains it at once.
-func (t trigger) Trigger() { _, _ = t.f.Write(one) }
+func (t trigger) Trigger() {
+	h := &t.vm.held
+	if h.enter() {
+		defer h.mu.Unlock()
+		if !slices.Contains(h.triggers, t.f) {
+			h.triggers = append(h.triggers, t.f)
+		}
+		return
+	}
+	defer h.mu.RUnlock()
+	_, _ = t.f.Write(one)
+}
 
 // newTrigger binds a fresh eventfd to a GSI.
 func (vm *VM) newTrigger(gsi uint32) (trigger, error) {
@@ -79,7 +106,88 @@ func (vm *VM) newTrigger(gsi uint32) (trigger, error) {
 		return trigger{}, err
 	}
 	vm.atClose(f.Close)
-	return trigger{f}, nil
+	return trigger{vm, f}, nil
+}
+
+// heldInterrupts keeps what devices signal while a state is loaded: interrupt
+// controllers that are about to be overwritten would forget it, and the guest would
+// wait for it for ever.
+type heldInterrupts struct {
+	mu       sync.RWMutex
+	holding  bool
+	applying bool // lines are set to where the state has them
+	lines    [gsiMax + 1]heldLine
+	triggers []*os.File
+}
+
+// heldLine is what happened to a line.
+type heldLine struct {
+	set, high bool
+	changed   bool // by somebody else than the state
+}
+
+// enter tells whether interrupts are held. mu is locked then, and else read-locked.
+func (h *heldInterrupts) enter() bool {
+	for {
+		h.mu.RLock()
+		if !h.holding {
+			return false
+		}
+		h.mu.RUnlock()
+		h.mu.Lock()
+		if h.holding {
+			return true
+		}
+		h.mu.Unlock()
+	}
+}
+
+// holdInterrupts begins to hold interrupts.
+func (vm *VM) holdInterrupts() {
+	vm.held.mu.Lock()
+	defer vm.held.mu.Unlock()
+	vm.held.holding = true
+}
+
+// applyInterrupts calls f, which sets lines to where the state has them, and tells KVM:
+// before it loads the controllers, for which a line that was high is no edge then.
+func (vm *VM) applyInterrupts(f func()) {
+	h := &vm.held
+	h.mu.Lock()
+	h.applying = true
+	h.mu.Unlock()
+	f()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.applying = false
+	for gsi, l := range h.lines {
+		if l.set {
+			line{vm, uint32(gsi)}.set(l.high)
+		}
+	}
+}
+
+// releaseInterrupts lets the guest have what was held. A line that others than the
+// state have set may have had an edge, so it has one now: an interrupt too many does
+// no harm, unlike one too few.
+func (vm *VM) releaseInterrupts() {
+	h := &vm.held
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.holding = false
+	for gsi, l := range h.lines {
+		if l.changed {
+			wire := line{vm, uint32(gsi)}
+			wire.set(!l.high)
+			wire.set(l.high)
+		}
+	}
+	h.lines = [gsiMax + 1]heldLine{}
+	for _, f := range h.triggers {
+		_, _ = f.Write(one)
+	}
+	clear(h.triggers)
+	h.triggers = h.triggers[:0]
 }
 
 // BindMMIO and UnbindMMIO make a VM a devices.Notifier.

@@ -69,7 +69,11 @@ func (vm *VM) preparePVM() error {
 	if err := vm.kvm.EnableCap(kvm.CapExitOnEmulationFailure, 1); err != nil {
 		return err
 	}
-	return vm.kvm.DenyMSRs(msrSTAR, 4)
+	deny := []kvm.MSRRange{{Base: msrSTAR, N: 4}}
+	if vm.tscDeadline && vm.cfg.Platform == PC {
+		deny = append(deny, kvm.MSRRange{Base: msrTSCDeadline, N: 1, WriteOnly: true})
+	}
+	return vm.kvm.DenyMSRs(deny...)
 }
 
 // pvmCPU is what a vCPU has on top on a PVM host.
@@ -92,6 +96,9 @@ func newPVMCPU(c *vcpu) *pvmCPU {
 // msr serves an access to a SYSCALL MSR (ExitRDMSR, ExitWRMSR).
 func (p *pvmCPU) msr(write bool) (Exit, bool) {
 	m := p.c.k.MSR()
+	if m.Index == msrTSCDeadline && write {
+		return p.setDeadline(m)
+	}
 	i := m.Index - msrSTAR
 	if i >= uint32(len(p.syscall)) {
 		return p.c.fail(fmt.Errorf("unexpected exit for MSR %#x", m.Index))

@@ -652,6 +652,8 @@ func (f *Frozen) Load(p *Prepared, memory func() error) (err error) {
 			vm.end(Exit{Reason: Failed, VCPU: -1, Err: err})
 		}
 	}()
+	vm.holdInterrupts()
+	defer vm.releaseInterrupts()
 	if err := memory(); err != nil {
 		return err
 	}
@@ -660,28 +662,31 @@ func (f *Frozen) Load(p *Prepared, memory func() error) (err error) {
 		vm.dropped = vm.mem.TakeDirty(vm.dropped)
 		clear(vm.dropped)
 	}
-	if vm.host == HostPVM {
+	vm.mu.Lock()
+	ran := vm.started // a new machine has no page tables yet
+	vm.mu.Unlock()
+	if vm.host == HostPVM && ran {
 		if err := vm.remapMemory(); err != nil {
 			return err
 		}
 	}
-	// Devices drive their interrupt lines before the controllers are loaded, so that
-	// a line that was high is no edge.
-	for _, apply := range p.apply {
-		apply()
-	}
+	vm.applyInterrupts(func() {
+		for _, apply := range p.apply {
+			apply()
+		}
+	})
 	if err := vm.loadChips(p.chips); err != nil {
 		return err
 	}
-	if err := vm.onVCPUs(func(c *vcpu) error { return c.load(p.cpus[c.id]) }); err != nil {
-		return err
-	}
-	// The guest's clock goes on from the state's. Vcpus take it over when they enter
-	// the guest.
+	// The guest's clock goes on from the state's. KVM counts it from its own clock,
+	// whatever the TSC; vCPUs take it over when they enter the guest.
 	if err := vm.kvm.SetClock(&kvm.ClockData{Clock: p.chips.clock}); err != nil {
 		return err
 	}
 	return vm.onVCPUs(func(c *vcpu) error {
+		if err := c.load(p.cpus[c.id]); err != nil {
+			return err
+		}
 		if err := c.k.ClockCtrl(); err != nil && !errors.Is(err, unix.EINVAL) { // the guest does not use it
 			return err
 		}

@@ -52,6 +52,7 @@ type VM struct {
 	tscDeadline bool
 	xsave       int    // bytes of a vCPU's extended state
 	tscKHz      uint32 // of the guest's TSC; 0: not known
+	boots       bool   // a Linux kernel, from its beginning
 	entry       firmware.Entry
 	cmdline     string
 
@@ -64,6 +65,7 @@ type VM struct {
 	debug legacy.DebugPort
 
 	gsis     []uint32
+	held     heldInterrupts
 	nextMMIO mem.Addr
 	windows  []firmware.VirtioMMIO
 	quiesce  []quiescer
@@ -97,7 +99,8 @@ type VM struct {
 	msrs     []uint32 // that make up a vCPU's state
 }
 
-// quiescer is a device that works on guest memory on its own goroutines.
+// quiescer is a device that works on guest memory on its own goroutines. It may be
+// closed while it is paused.
 type quiescer interface {
 	Pause()  // returns when none of them touches guest memory
 	Resume() // goes on
@@ -246,6 +249,7 @@ func (vm *VM) load() (err error) {
 	if vm.cfg.Image != nil {
 		return nil
 	}
+	_, vm.boots = vm.cfg.Boot.(firmware.Linux)
 	vm.entry, err = vm.cfg.Boot.Load(firmware.Machine{
 		Memory:   vm.mem,
 		VCPUs:    vm.cfg.VCPUs,

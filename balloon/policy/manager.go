@@ -124,12 +124,11 @@ type Decision struct {
 
 // Manager decides who has to give memory up. It is not safe for concurrent use.
 type Manager struct {
-	cfg    Config
-	level  Level
-	last   time.Time
-	passed map[string]time.Time // until when
-	paused map[string]bool      // by us
-	remind map[string]bool      // they are to be told their target again
+	cfg     Config
+	level   Level
+	last    time.Time
+	truants truants[string]
+	paused  map[string]bool // by us
 }
 
 // New makes a manager.
@@ -147,36 +146,37 @@ func New(c Config) *Manager {
 	if c.Rate <= 0 {
 		c.Rate = 1. / 8
 	}
-	if c.Penalty <= 0 {
-		c.Penalty = time.Minute
-	}
-	return &Manager{cfg: c, passed: map[string]time.Time{}, paused: map[string]bool{}, remind: map[string]bool{}}
+	return &Manager{cfg: c, truants: newTruants[string](c.Penalty), paused: map[string]bool{}}
 }
 
 // Level is the host's level after the last step.
 func (m *Manager) Level() Level { return m.level }
 
-// setLevel moves the level. It gets worse when less is available than the level
-// needs, and better when the level above has what it needs.
-func (m *Manager) setLevel(h Host) {
+// Next is the level that the host would be at in the next step: for those who look
+// at the host more often than they can at the machines.
+func (m *Manager) Next(h Host) Level {
+	level := m.level
 	if h.Total == 0 {
-		return
+		return level
 	}
+	// It gets worse when less is available than the level needs, and better when
+	// the level above has what it needs.
 	free := float64(h.Available) / float64(h.Total)
-	for m.level < Low && free < m.cfg.Thresholds[min(int(m.level)+1, 2)]-m.gap(m.level) {
-		m.level++
+	for level < Low && free < m.cfg.Thresholds[min(int(level)+1, 2)]-m.gap(level) {
+		level++
 	}
-	for m.level > High && free >= m.cfg.Thresholds[m.level-1] {
-		m.level--
+	for level > High && free >= m.cfg.Thresholds[level-1] {
+		level--
 	}
 	switch {
 	case h.Full >= fullLow:
-		m.level = Low
+		return Low
 	case h.Full >= fullHard:
-		m.level = max(m.level, Hard)
+		return max(level, Hard)
 	case h.Some >= someSoft:
-		m.level = max(m.level, Soft)
+		return max(level, Soft)
 	}
+	return level
 }
 
 // gap is how far below the last threshold Hard ends: half of it.
@@ -194,7 +194,7 @@ func (m *Manager) Step(now time.Time, h Host, machines []Machine) Decision {
 		elapsed = min(max(now.Sub(m.last), 0), 10*time.Second)
 	}
 	m.last = now
-	m.setLevel(h)
+	m.level = m.Next(h)
 	d := Decision{Level: m.level, Views: make([]View, len(machines)), Actions: []Action{}}
 	m.forget(machines)
 
@@ -260,18 +260,18 @@ func (m *Manager) Paused() []string { return slices.Sorted(maps.Keys(m.paused)) 
 // does not come back to one that it left for lack of memory until it is told.
 func (m *Manager) reminders(d *Decision, machines []Machine) {
 	for _, x := range machines {
-		if m.remind[x.Name] && !slices.ContainsFunc(d.Actions, func(a Action) bool { return a.Name == x.Name }) {
+		if m.truants.remind[x.Name] && !slices.ContainsFunc(d.Actions, func(a Action) bool { return a.Name == x.Name }) {
 			d.Actions = append(d.Actions, Action{Name: x.Name, Target: x.Target, Why: "has another chance to follow"})
 		}
 	}
-	clear(m.remind)
+	clear(m.truants.remind)
 }
 
 // claim is a machine's claim. One whose use is not known is taken to use all.
 func (x Machine) claim() Claim {
-	active := x.Actual
+	active := float64(x.Actual)
 	if x.Active >= 0 {
-		active = uint64(min(x.Active, 1) * float64(x.Actual))
+		active *= min(x.Active, 1)
 	}
 	return Claim{Shares: x.Shares, Min: x.Min, Max: x.Max, Active: active}.sane()
 }
@@ -292,25 +292,7 @@ func (x Machine) lie() string {
 // passOver tells whether a machine is left out: it did not follow a short while
 // ago, or cannot.
 func (m *Manager) passOver(now time.Time, x Machine) bool {
-	if !x.Driver || x.Paused {
-		return true
-	}
-	if x.Late && x.Actual > x.Target {
-		if _, ok := m.passed[x.Name]; !ok {
-			m.passed[x.Name] = now.Add(m.cfg.Penalty)
-		}
-	}
-	until, ok := m.passed[x.Name]
-	if ok && !now.Before(until) {
-		delete(m.passed, x.Name) // another chance
-		m.remind[x.Name] = true
-		return false
-	}
-	if ok && x.Actual <= x.Target {
-		delete(m.passed, x.Name)
-		return false
-	}
-	return ok
+	return !x.Driver || x.Paused || m.truants.passOver(now, x.Name, x.Actual > x.Target, x.Late)
 }
 
 // forget drops what is known of machines that are gone.
@@ -319,16 +301,8 @@ func (m *Manager) forget(machines []Machine) {
 	for _, x := range machines {
 		here[x.Name] = true
 	}
-	for n := range m.passed {
-		if !here[n] {
-			delete(m.passed, n)
-		}
-	}
-	for n := range m.paused {
-		if !here[n] {
-			delete(m.paused, n)
-		}
-	}
+	m.truants.keep(here)
+	maps.DeleteFunc(m.paused, func(name string, _ bool) bool { return !here[name] })
 }
 
 // move brings the targets of the machines in index nearer to their ideal: first
@@ -344,12 +318,19 @@ func (m *Manager) move(d *Decision, machines []Machine, index []int, rest uint64
 		return pages(m.cfg.Rate * elapsed.Seconds() * float64(x.Max))
 	}
 	band := func(x Machine) uint64 { return uint64(m.cfg.Deadband * float64(x.Max)) }
-	used := uint64(0)
+	used, targets := uint64(0), uint64(0)
 	for _, i := range index {
 		x, v := machines[i], &d.Views[i]
 		// A target out of bounds is put right at once.
 		v.Target = min(max(x.Target, x.claim().Min), x.claim().Max)
-		if v.Ideal < v.Target && (v.Target-v.Ideal > band(x) || m.level >= Hard) {
+		targets = add(targets, v.Target)
+	}
+	// Those near their ideal are left alone, but not when all of them together have
+	// more than there is.
+	over := targets > rest
+	for _, i := range index {
+		x, v := machines[i], &d.Views[i]
+		if v.Ideal < v.Target && (v.Target-v.Ideal > band(x) || m.level >= Hard || over) {
 			v.Target -= min(limit(x), v.Target-v.Ideal)
 		}
 		// Until it has given it up, the memory is not there for others.

@@ -23,7 +23,9 @@
 package policy
 
 import (
+	"cmp"
 	"math"
+	"slices"
 )
 
 // Bounds of the numbers.
@@ -36,9 +38,9 @@ const (
 
 // Claim is a machine's claim on memory.
 type Claim struct {
-	Shares   uint64 // 1 to MaxShares
-	Min, Max uint64 // bytes, Min ≤ Max
-	Active   uint64 // bytes of its memory that it uses
+	Shares   uint64  // 1 to MaxShares
+	Min, Max uint64  // bytes, Min ≤ Max
+	Active   float64 // bytes of its memory that it uses
 }
 
 // Price is what a machine with size bytes pays for each of them.
@@ -46,7 +48,7 @@ func Price(c Claim, size uint64, tax float64) float64 {
 	if size == 0 {
 		return math.Inf(1)
 	}
-	active := float64(min(c.Active, size))
+	active := min(c.Active, float64(size))
 	return float64(c.Shares) / (active + (float64(size)-active)*idleCost(tax))
 }
 
@@ -57,28 +59,33 @@ func idleCost(tax float64) float64 { return 1 / (1 - min(max(tax, 0), MaxTax)) }
 // their bounds allow. The sum of the result is total, rounded down to whole pages,
 // or the sum of all Min if that is more, or of all Max if that is less.
 func Divide(total uint64, claims []Claim, tax float64) []uint64 {
+	return divide(total, claims, tax, page)
+}
+
+// divide is Divide in units of any size.
+func divide(total uint64, claims []Claim, tax float64, unit uint64) []uint64 {
 	sizes := make([]uint64, len(claims))
+	sane := make([]Claim, len(claims))
 	lowest, highest := uint64(0), uint64(0)
 	hi := 0.
 	k := idleCost(tax)
 	for i, c := range claims {
-		c = c.sane()
-		sizes[i] = c.Min
+		c = c.in(unit)
+		sane[i] = c
 		lowest, highest = add(lowest, c.Min), add(highest, c.Max)
 		hi = max(hi, k*float64(c.Max)/float64(c.Shares))
 	}
-	total = min(max(total/page*page, lowest), highest)
+	total = min(max(total/unit*unit, lowest), highest)
 	// fill sets the sizes at which everyone pays 1/x and returns their sum.
 	fill := func(x float64) (sum uint64) {
-		for i, c := range claims {
-			c = c.sane()
-			paid, active := float64(c.Shares)*x, float64(c.Active)
+		for i, c := range sane {
+			paid, active := float64(c.Shares)*x, c.Active
 			if paid > active {
 				paid = active + (paid-active)/k
 			}
 			sizes[i] = c.Max
 			if paid < float64(c.Max) {
-				sizes[i] = max(uint64(paid)/page*page, c.Min)
+				sizes[i] = max(uint64(paid)/unit*unit, c.Min)
 			}
 			sum += sizes[i]
 		}
@@ -97,27 +104,38 @@ func Divide(total uint64, claims []Claim, tax float64) []uint64 {
 		}
 	}
 	left := total - min(fill(lo), total)
-	// What rounding has left.
-	for left >= page {
-		before := left
-		for i, c := range claims {
-			if n := min(left/page*page, page); n > 0 && sizes[i]+n <= c.sane().Max {
-				sizes[i] += n
-				left -= n
+	// What rounding has left goes to those that would pay most for it.
+	for left >= unit {
+		var most []int
+		for i, c := range sane {
+			if sizes[i]+unit <= c.Max {
+				most = append(most, i)
 			}
 		}
-		if left == before {
+		if len(most) == 0 {
 			break
+		}
+		if left < uint64(len(most))*unit {
+			price := func(i int) float64 { return Price(sane[i], sizes[i]+unit, tax) }
+			slices.SortStableFunc(most, func(a, b int) int { return cmp.Compare(price(b), price(a)) })
+			most = most[:left/unit]
+		}
+		for _, i := range most {
+			sizes[i] += unit
+			left -= unit
 		}
 	}
 	return sizes
 }
 
 // sane is the claim within the bounds of its numbers, in whole pages.
-func (c Claim) sane() Claim {
+func (c Claim) sane() Claim { return c.in(page) }
+
+// in is the claim within the bounds of its numbers, in whole units.
+func (c Claim) in(unit uint64) Claim {
 	c.Shares = min(max(c.Shares, 1), MaxShares)
-	c.Min = (min(c.Min, 1<<50) + page - 1) / page * page
-	c.Max = max(min(c.Max, 1<<50)/page*page, c.Min)
-	c.Active = min(c.Active, c.Max)
+	c.Min = (min(c.Min, 1<<50) + unit - 1) / unit * unit
+	c.Max = max(min(c.Max, 1<<50)/unit*unit, c.Min)
+	c.Active = min(max(c.Active, 0), float64(c.Max))
 	return c
 }

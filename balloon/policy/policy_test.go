@@ -28,7 +28,7 @@ func randomClaims(rng *rand.Rand) []Claim {
 		c.Shares = 1 + rng.Uint64N(4000)
 		c.Max = (1 + rng.Uint64N(2048)) * mib
 		c.Min = rng.Uint64N(c.Max + 1)
-		c.Active = rng.Uint64N(c.Max + 1)
+		c.Active = rng.Float64() * float64(c.Max)
 	}
 	return cs
 }
@@ -263,6 +263,30 @@ func TestLiesAreSeenAndDoNotPay(t *testing.T) {
 	assert.Contains(t, d.Views[1].Note, "given up")
 }
 
+// Touching memory without need is the one thing that makes a guest look busier than it
+// is. It gains no more than one that is busy has, nothing where idle memory is not
+// taxed, and never what is another's minimum (S3.10).
+func TestTouchingMemoryGainsLittle(t *testing.T) {
+	rng := rand.New(rand.NewPCG(9, 9))
+	for n := range 500 {
+		cs := append(randomClaims(rng), randomClaims(rng)...)
+		total, tax := rng.Uint64N(4096)*mib, []float64{0, 0.75}[n%2]
+		honest := Divide(total, cs, tax)
+		i := rng.IntN(len(cs))
+		cheat := slices.Clone(cs)
+		cheat[i].Active = float64(cheat[i].Max)
+		got := Divide(total, cheat, tax)
+		slack := page * uint64(len(cs))
+		if tax == 0 {
+			require.LessOrEqual(t, got[i], honest[i]+slack)
+		}
+		require.LessOrEqual(t, float64(got[i]), idleCost(tax)*float64(honest[i])+float64(cs[i].sane().Min+slack))
+		for j, c := range cs {
+			require.GreaterOrEqual(t, got[j], c.sane().Min)
+		}
+	}
+}
+
 func TestLevelsHaveHysteresis(t *testing.T) {
 	m := New(Config{})
 	at := func(percent float64) Level {
@@ -381,4 +405,20 @@ func BenchmarkStep(b *testing.B) {
 			}
 		})
 	}
+}
+
+// Machines that are all a little above their ideal do not have more than there is.
+func TestBudgetIsKept(t *testing.T) {
+	w := newWorld(t, 4096*mib, Config{Budget: 160 * mib},
+		Machine{Name: "a", Shares: 1000, Min: 40 * mib, Max: 128 * mib, Active: 0.5},
+		Machine{Name: "b", Shares: 1000, Min: 40 * mib, Max: 128 * mib, Active: 0.5})
+	for i := range w.machines {
+		w.machines[i].Target, w.machines[i].Actual = 80*mib+95*page, 80*mib+95*page
+	}
+	for range 10 {
+		w.step()
+	}
+	assert.EqualValues(t, 80*mib, w.machines[0].Target)
+	assert.EqualValues(t, 80*mib, w.machines[1].Target)
+	require.Empty(t, w.step().Actions)
 }

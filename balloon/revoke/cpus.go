@@ -20,6 +20,10 @@ type CPUConfig struct {
 	// Times is the processor time that each vCPU has had of the host; nil: what
 	// the guest says is believed.
 	Times func() []time.Duration
+	// Waits is how long each vCPU has waited for a processor of the host while it
+	// could run; nil: not known. It counts as used, so that a guest which the host
+	// keeps waiting does not look idle.
+	Waits func() []time.Duration
 	// Deadline is how long the guest may take; 0 is DefaultDeadline.
 	Deadline time.Duration
 	// Now is the clock, time.Now if nil.
@@ -110,14 +114,21 @@ func (p *CPUs) Set(target uint64) error {
 }
 
 // Renew says that the guest is another one: it was put back to a saved state, whose
-// processors are those that were online then. They become the target.
+// processors are those that were online then. They become the target. The last one is
+// always online, so a guest with one is not asked.
 func (p *CPUs) Renew() {
+	only := p.cfg.Configured == 1
 	p.mu.Lock()
-	p.target, p.asked, p.err, p.since = 0, false, nil, p.cfg.Now()
+	p.target, p.asked, p.err, p.since = 0, only, nil, p.cfg.Now()
+	if only {
+		p.target = 1
+	}
 	clear(p.offline)
 	p.bump()
 	p.mu.Unlock()
-	p.attention()
+	if !only {
+		p.attention()
+	}
 }
 
 func (p *CPUs) attention() {
@@ -190,14 +201,19 @@ func (p *CPUs) Status() Status {
 
 func (p *CPUs) look() (Status, <-chan struct{}) {
 	var times []time.Duration
+	used := uint64(0)
 	if p.cfg.Times != nil {
 		times = p.cfg.Times()
+		used += total(times)
+	}
+	if p.cfg.Waits != nil {
+		used += total(p.cfg.Waits())
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := Status{
 		Name: NameCPUs, Unit: "processors", Configured: uint64(p.cfg.Configured), Minimum: 1,
-		Target: uint64(p.target), Actual: uint64(len(p.online)),
+		Target: uint64(p.target), Actual: uint64(len(p.online)), Used: used,
 	}
 	if p.target == 0 { // not known for a moment
 		s.Target = s.Actual
@@ -226,6 +242,14 @@ func (p *CPUs) look() (Status, <-chan struct{}) {
 		s.Late, s.Problem = true, fmt.Sprintf("its agent has not answered for %v", now.Sub(p.since).Round(time.Millisecond))
 	}
 	return s, p.changed
+}
+
+// total is a sum in nanoseconds.
+func total(ds []time.Duration) (n uint64) {
+	for _, d := range ds {
+		n += uint64(max(d, 0))
+	}
+	return n
 }
 
 // Wait implements Resource.

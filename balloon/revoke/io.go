@@ -54,7 +54,11 @@ func unlimited(n uint64) string {
 // Status implements Resource.
 func (r *IO) Status() Status {
 	now := r.limiter.Limits().BytesPerSecond
-	return Status{Name: PrefixIO + r.device, Unit: "bytes/s", Configured: r.configured, Minimum: minBandwidth, Target: now, Actual: now, Reached: true}
+	_, passed := r.limiter.Passed()
+	return Status{
+		Name: PrefixIO + r.device, Unit: "bytes/s", Configured: r.configured, Minimum: minBandwidth, Target: now, Actual: now,
+		Reached: true, Used: passed,
+	}
 }
 
 // Wait implements Resource.

@@ -67,6 +67,11 @@ type Status struct {
 	// Late: the guest does not follow, or uses what it has given up.
 	Late    bool   `cbor:"8,keyasint" json:"late"`
 	Problem string `cbor:"9,keyasint,omitempty" json:"problem,omitempty"`
+	// Used is what has been used of it since the machine began, as the host counts:
+	// of processors the nanoseconds that vCPUs ran or waited for a processor of the
+	// host, of bytes/s the bytes that passed. Of memory it is 0: package balloon's
+	// Sampler finds out what is active.
+	Used uint64 `cbor:"10,keyasint,omitempty" json:"used,omitempty"`
 }
 
 // Err is nil unless the guest does not follow; then it matches ErrLate.

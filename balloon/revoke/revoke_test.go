@@ -162,6 +162,14 @@ func TestCPUsRenew(t *testing.T) {
 	g.mu.Unlock()
 	p.Renew()
 	require.Eventually(t, func() bool { s := p.Status(); return s.Reached && s.Target == 2 && s.Actual == 2 }, 10*time.Second, time.Millisecond)
+
+	// One with one processor need not be asked.
+	g = newGuest(1)
+	p = g.cpus(t, 0)
+	p.Renew()
+	assert.Equal(t, Status{Name: "cpus", Unit: "processors", Configured: 1, Minimum: 1, Target: 1, Actual: 1, Reached: true}, p.Status())
+	p.Close()
+	assert.Empty(t, g.asked)
 }
 
 func TestIO(t *testing.T) {

@@ -99,7 +99,7 @@ func envTool(args []string) error {
 		places = append([]string{self[:strings.LastIndexByte(self, '/')+1] + name}, places...)
 	}
 	for _, p := range places {
-		if err := syscall.Exec(p, append([]string{name}, args...), os.Environ()); err != syscall.ENOENT {
+		if err := syscall.Exec(p, append([]string{"gondola-agent env"}, args...), os.Environ()); err != syscall.ENOENT {
 			return errors.New(p + ": " + err.Error())
 		}
 	}

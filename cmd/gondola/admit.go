@@ -43,14 +43,11 @@ func admit(ctx context.Context, name string, p control.Policy) error {
 		return nil
 	}
 	b := policy.Backing{Available: h.Available, SwapFree: h.SwapFree, Reserve: h.Total / 100}
-	others, err := machines(ctx, true)
+	others, err := machines(ctx, true, name)
 	if err != nil {
 		others = nil
 	}
 	for _, m := range others {
-		if m.Name == name {
-			continue
-		}
 		used := uint64(0)
 		if m.Use != nil {
 			used = max(m.Use.Allocated, m.Use.PSS)

@@ -73,6 +73,12 @@ guest makes no progress for ten seconds; it goes on trying.`,
 // printJSONLine writes v in one line.
 func printJSONLine(w io.Writer, v any) error { return json.NewEncoder(w).Encode(v) }
 
+// watchedMemory is a line of --watch --json.
+type watchedMemory struct {
+	Time time.Time `json:"time"`
+	control.Memory
+}
+
 // guestWord is how long the guest may take to tell its statistics.
 const guestWord = time.Second
 
@@ -105,7 +111,7 @@ func (f *balloonFlags) run(ctx context.Context, name string, w io.Writer) error 
 		}
 		for {
 			if f.asJSON {
-				err = printJSONLine(w, m)
+				err = printJSONLine(w, watchedMemory{time.Now(), m})
 			} else {
 				_, err = fmt.Fprintf(w, "%-10s %9s %9s %9s %9s %9s %9s  %s\n", time.Now().Format("15:04:05"), size(m.Target), size(m.Actual),
 					size(m.Allocated), size(m.PSS), size(m.Stats["free_bytes"]), size(m.Stats["available_bytes"]), m.Problem)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/spf13/cobra"
@@ -31,12 +32,17 @@ need not run. Memory is that of the state's files until a machine writes to it: 
 arrive as they are touched, and those that nobody has written to are in the host's
 memory once, for all of the clones.
 
+On a private network (--net) each is a station of its own; with ip= the first one's
+IPv4 address is given, and the others have those that follow. DHCP clients in the guest
+ask anew.
+
 gondola run --from does the same for one machine, with a command, in the foreground,
 with published ports, or with disks.`,
 		Example: `  gondola run -d --name dev
   gondola exec dev -- /prepare
   gondola state save dev ready
   gondola clone dev@ready --count 5
+  gondola clone web@ready --count 3 --net private:lab,ip=10.9.0.10/24
   gondola stop dev-clone dev-clone-2 dev-clone-3 dev-clone-4 dev-clone-5`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
@@ -59,6 +65,10 @@ with published ports, or with disks.`,
 			if o.shape.Disks > 0 {
 				return fmt.Errorf("%s is of a machine with %d disks: gondola run -d --from %s --disk … takes those of the new machine", args[0], o.shape.Disks, args[0])
 			}
+			nets, err := forClones(net, o.shape, count)
+			if err != nil {
+				return err
+			}
 			p := newProgress(quiet)
 			defer p.done()
 			if _, err := o.from(cmd.Context(), p); err != nil {
@@ -77,9 +87,6 @@ with published ports, or with disks.`,
 			}
 			defer home.Close()
 			line := []string{"run", "--detach", "--from", args[0], "--name", name, "--clone"}
-			if net != "" {
-				line = append(line, "--net", net)
-			}
 			if prefetch {
 				line = append(line, "--prefetch")
 			}
@@ -89,7 +96,11 @@ with published ports, or with disks.`,
 				wg   sync.WaitGroup
 			)
 			room := make(chan struct{}, clonesAtOnce)
-			for range count {
+			for _, net := range nets {
+				line := slices.Clone(line)
+				if net != "" {
+					line = append(line, "--net", net)
+				}
 				room <- struct{}{}
 				mu.Lock()
 				failed := errs != nil
@@ -117,7 +128,7 @@ with published ports, or with disks.`,
 	fl := c.Flags()
 	fl.IntVarP(&count, "count", "n", 1, "how many machines")
 	fl.StringVar(&name, "name", "", "name of the machines and of their hosts, with a number if it is in use (default MACHINE-clone)")
-	fl.StringVar(&net, "net", "", "network, for a state with that of a TAP interface: tap:NAME, see gondola run")
+	fl.StringVar(&net, "net", "", "network, for a state with a private one or that of a TAP interface: private:NAME or tap:NAME, see gondola run; ip= is the first machine's address, those that follow are the others'")
 	fl.BoolVar(&prefetch, "prefetch", false, "read the state's memory ahead of its use")
 	fl.BoolVarP(&quiet, "quiet", "q", false, "no progress on standard error")
 	return c

@@ -30,10 +30,11 @@ func parseDisk(s string) (guest.Disk, error) {
 		name, value, _ := strings.Cut(w, "=")
 		var err error
 		switch name {
-		case "ro", "cow":
+		case "ro", "cow", "backing":
 			if value != "" {
 				err = errors.New("it takes no value")
 			}
+			d.Backing = d.Backing || name == "backing"
 			d.ReadOnly, d.COW = d.ReadOnly || name == "ro", d.COW || name == "cow"
 		case "serial":
 			if d.Serial = value; value == "" || len(value) > blk.MaxSerial {
@@ -51,7 +52,7 @@ func parseDisk(s string) (guest.Disk, error) {
 		default:
 			var known bool
 			if known, err = limitOption(&d.Limits, name, value); !known {
-				err = errors.New("the options are ro, cow, serial=TEXT, queues=N, block=BYTES, " + limitOptions)
+				err = errors.New("the options are ro, cow, backing, serial=TEXT, queues=N, block=BYTES, " + limitOptions)
 			}
 		}
 		if err != nil {
@@ -99,13 +100,17 @@ func diskCommand() *cobra.Command {
 		Short: "Make, describe, check, attach and detach disks",
 		Long: `A disk is a raw image file, a block device, or a layer: a file whose name ends in
 .layer, which has what was written since it was made, over a base that is not
-written any more (docs/disk-layers.md). Files are locked while they are used.
+written any more (docs/disk-layers.md). A file whose name ends in .qcow2 is an
+image in QEMU's format; it is only read, so it takes ro, cow or a layer over it.
+Files are locked while they are used.
 
 gondola run --disk PATH[,OPTION…] attaches a disk; the options are
   ro              read-only; several machines can use the file so
   cow             what the guest writes goes to a temporary layer, and to those of
                   the machine's states; PATH stays as it is; several machines can
                   use the file so
+  backing         a qcow2 image may have the guest read the files of the host that
+                  it names as its backing files
   serial=TEXT     serial number, at most 20 characters
   queues=N        request queues, 1 to 16
   block=BYTES     logical block size, 512 to 4096
@@ -127,6 +132,7 @@ gondola run --disk PATH[,OPTION…] attaches a disk; the options are
 
 func diskCreateCommand() *cobra.Command {
 	var base string
+	var backing bool
 	c := &cobra.Command{
 		Use:   "create PATH [SIZE]",
 		Short: "Make an empty raw image, or a layer",
@@ -154,12 +160,13 @@ is frozen, a raw image is refused as a base once it was written.`,
 			case base == "" && is:
 				return usageError{fmt.Errorf("%s would be a layer: give its --base", args[0])}
 			case base != "":
-				return disk.Create(args[0], base, uint64(size))
+				return disk.Create(args[0], base, uint64(size), disk.Options{Backing: backing})
 			}
 			return disk.CreateRaw(args[0], uint64(size))
 		},
 	}
-	c.Flags().StringVar(&base, "base", "", "make a layer over this raw image, block device or layer")
+	c.Flags().StringVar(&base, "base", "", "make a layer over this raw image, block device, qcow2 image or layer")
+	backingFlag(c, &backing)
 	return c
 }
 
@@ -170,14 +177,18 @@ func onePath(cmd *cobra.Command, args []string) error {
 	return nil
 }
 
+func backingFlag(c *cobra.Command, to *bool) {
+	c.Flags().BoolVar(to, "backing", false, "a qcow2 image may name the files that it is based on")
+}
+
 func diskInfoCommand() *cobra.Command {
-	var asJSON bool
+	var asJSON, backing bool
 	c := &cobra.Command{
 		Use:   "info PATH",
 		Short: "Describe a disk's files, from the top to the base",
 		Args:  onePath,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			files, err := stack(args[0])
+			files, err := stack(args[0], backing)
 			if err != nil {
 				return err
 			}
@@ -193,6 +204,8 @@ func diskInfoCommand() *cobra.Command {
 					state = "frozen"
 				case i > 0:
 					state = "base"
+				case f.Format == "qcow2":
+					state = "only read"
 				}
 				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\n", f.Format, size(f.Size), size(f.Allocated), state, f.Path)
 			}
@@ -200,11 +213,12 @@ func diskInfoCommand() *cobra.Command {
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "machine-readable")
+	backingFlag(c, &backing)
 	return c
 }
 
-func stack(path string) ([]disk.File, error) {
-	d, err := disk.Open(path, disk.Options{ReadOnly: true})
+func stack(path string, backing bool) ([]disk.File, error) {
+	d, err := disk.Open(path, disk.Options{ReadOnly: true, Backing: backing})
 	if err != nil {
 		return nil, err
 	}
@@ -213,14 +227,15 @@ func stack(path string) ([]disk.File, error) {
 }
 
 func diskCheckCommand() *cobra.Command {
-	return &cobra.Command{
+	var backing bool
+	c := &cobra.Command{
 		Use:   "check PATH",
 		Short: "Check a disk's layers and bases",
 		Long: `Check the header, the map and the base of every layer of a disk. The content of
 blocks has no checksums and is not checked: the guest's file system does that.`,
 		Args: onePath,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			files, err := stack(args[0])
+			files, err := stack(args[0], backing)
 			if err != nil {
 				return err
 			}
@@ -228,6 +243,8 @@ blocks has no checksums and is not checked: the guest's file system does that.`,
 			return err
 		},
 	}
+	backingFlag(c, &backing)
+	return c
 }
 
 func diskAttachCommand() *cobra.Command {
@@ -281,7 +298,7 @@ func diskToAttach(s string) (control.Disk, error) {
 	if d.Path, err = filepath.Abs(d.Path); err != nil {
 		return control.Disk{}, err
 	}
-	return control.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Serial: d.Serial, Limits: d.Limits}, nil
+	return control.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Backing: d.Backing, Serial: d.Serial, Limits: d.Limits}, nil
 }
 
 func completeMachineThenFile(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {

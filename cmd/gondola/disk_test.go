@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -39,6 +40,12 @@ func TestDiskCommands(t *testing.T) {
 	r = gondola(t, "disk", "check", layer)
 	require.Zero(t, r.code, r.stderr)
 	assert.Contains(t, r.stdout, "2 files, nothing wrong")
+	r = gondola(t, "disk", "info", filepath.Join(dir, "none.qcow2"))
+	assert.Equal(t, exitFailed, r.code)
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "no.qcow2"), make([]byte, 4096), 0o600))
+	r = gondola(t, "disk", "create", "--backing", "--base", filepath.Join(dir, "no.qcow2"), filepath.Join(dir, "y.layer"))
+	assert.Equal(t, exitFailed, r.code)
+	assert.Contains(t, r.stderr, "no qcow2 image")
 	r = gondola(t, "disk", "check", filepath.Join(dir, "none"))
 	assert.Equal(t, exitFailed, r.code)
 }
@@ -150,19 +157,40 @@ func TestParseNetworks(t *testing.T) {
 	assert.Equal(t, "lab", n.Private)
 	assert.EqualValues(t, 9000, n.MTU)
 	assert.True(t, n.Down)
-	privateNet(n, "a")
+	settle(n, "a", nil)
 	assert.Equal(t, "lab", filepath.Base(n.Private))
 	other, err := parseNetwork("private:lab")
 	require.NoError(t, err)
-	privateNet(other, "b")
+	settle(other, "b", nil)
 	assert.NotEqual(t, n.MAC, other.MAC)
 	assert.Equal(t, n.Private, other.Private)
 	assert.Zero(t, n.MAC[0]&1, "a station's")
 	fixed, err := parseNetwork("private:lab,mac=02:00:00:00:00:09")
 	require.NoError(t, err)
-	privateNet(fixed, "b")
+	settle(fixed, "b", nil)
 	assert.Equal(t, [6]byte{2, 0, 0, 0, 0, 9}, fixed.MAC)
-	for _, bad := range []string{"private:", "private:../x", "private:lab,host", "user,ip=10.0.0.1/8", "user,link=sideways", "privat:x", "tap:"} {
+	mq, err := parseNetwork("tap:t0,queues=4,ip=10.9.0.1/24")
+	require.NoError(t, err)
+	assert.Equal(t, 4, mq.Queues)
+	d, err := parseDisk("x.qcow2,cow,backing")
+	require.NoError(t, err)
+	assert.True(t, d.Backing && d.COW)
+	for _, bad := range []string{"x,backing=1", "x,ro,cow", "x,what", ",ro", "x,serial=", "x,queues=17", "x,block=1000"} {
+		_, err := parseDisk(bad)
+		assert.Error(t, err, bad)
+	}
+	// A copy is another station, also behind a TAP interface; the machine itself is not.
+	for _, kind := range []string{"private:lab", "tap:t0"} {
+		copied, err := parseNetwork(kind)
+		require.NoError(t, err)
+		settle(copied, "b", &origin{machine: "a"})
+		assert.Equal(t, other.MAC, copied.MAC)
+		itself, err := parseNetwork(kind)
+		require.NoError(t, err)
+		settle(itself, "a", &origin{machine: "a"})
+		assert.Zero(t, itself.MAC)
+	}
+	for _, bad := range []string{"tap:t0,queues=0", "tap:t0,queues=17", "user,queues=2", "private:lab,queues=2", "private:", "private:../x", "private:lab,host", "user,ip=10.0.0.1/8", "user,link=sideways", "privat:x", "tap:"} {
 		_, err := parseNetwork(bad)
 		assert.Error(t, err, bad)
 	}

@@ -188,16 +188,23 @@ shell. What COMMAND has left running when it ends is ended, too.`,
 }
 
 func envPackCommand() *cobra.Command {
-	return &cobra.Command{
+	var base bool
+	c := &cobra.Command{
 		Use:   "pack NAME ENV FILE",
 		Short: "Pack an environment into one file of the host",
 		Long: `Pack an environment, with its table, what it needs of its base and checksums, into
-FILE; - is standard output. No program may run in it meanwhile.`,
-		Example:           "  gondola env pack dev tools tools.tar.zst",
+FILE; - is standard output. No program may run in it meanwhile.
+
+With --base, what its programs have used of the guest goes along as the
+environment's own, such as libraries that another guest does not have: run first
+what is to run there. gondola env catalog lists what was used.`,
+		Example: `  gondola env pack dev tools tools.tar.zst
+  gondola env pack --base dev tools whole.tar.zst`,
 		Args:              envArgs(2),
 		ValidArgsFunction: completeMachine,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			out := cmd.OutOrStdout()
+			words := []string{"pack", fmt.Sprintf("--base=%v", base), "--", args[1], "-"}
 			if args[2] != "-" {
 				f, err := os.CreateTemp(filepath.Dir(args[2]), ".pack-")
 				if err != nil {
@@ -205,14 +212,16 @@ FILE; - is standard output. No program may run in it meanwhile.`,
 				}
 				defer os.Remove(f.Name()) // fails once it is in place
 				defer f.Close()
-				if err := envStream(cmd, args[0], []string{"pack", "--", args[1], "-"}, nil, f, "packing "+args[1]); err != nil {
+				if err := envStream(cmd, args[0], words, nil, f, "packing "+args[1]); err != nil {
 					return err
 				}
 				return errors.Join(f.Sync(), f.Close(), os.Rename(f.Name(), args[2]))
 			}
-			return envStream(cmd, args[0], []string{"pack", "--", args[1], "-"}, nil, out, "packing "+args[1])
+			return envStream(cmd, args[0], words, nil, out, "packing "+args[1])
 		},
 	}
+	c.Flags().BoolVar(&base, "base", false, "take along what it has used of the guest")
+	return c
 }
 
 func envUnpackCommand() *cobra.Command {

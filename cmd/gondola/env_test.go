@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -28,26 +29,30 @@ func TestEnvUsage(t *testing.T) {
 // TestEnvironments uses environments of a guest from the host, carries one to a
 // guest with another userland, and takes one in on a disk of its own.
 func TestEnvironments(t *testing.T) {
-	needkvm.Test(t)
+	needkvm.Heavy(t)
 	testHome(t)
 	dir := t.TempDir()
 	do := func(args ...string) string {
 		t.Helper()
+		start := time.Now()
 		r := gondola(t, args...)
+		t.Logf("%.1f s: %v", time.Since(start).Seconds(), args)
 		require.Zero(t, r.code, "%v: %s", args, r.stderr)
 		return r.stdout
 	}
-	// Everything that is not in memory only, and not gondola's.
-	const sum = `find / -xdev -type f ! -path "/var/lib/gondola/*" ! -path "/usr/lib/gondola/*" | sort | xargs sha256sum | sha256sum`
+	// Everything but what is in memory only, and gondola-env and its store: names, rights
+	// and owners, and the contents of what is not as large as the agent itself.
+	const all = `find / -xdev ! -path /var ! -path /var/lib ! -path "/var/lib/gondola*" ! -path /usr/lib ! -path "/usr/lib/gondola*" ! -path "/run/*" ! -path "/tmp/*"`
+	const sum = "(" + all + ` | sort | xargs stat -c "%A %u %g %n"; ` + all + " -type f -size -1000 | sort | xargs cat) | sha256sum"
 	do("run", "-d", "--name", "one", "--userland", "busybox", "--disk-slots", "1")
 	t.Cleanup(func() { gondola(t, "stop", "--kill", "one") })
 	before := do("exec", "one", "--", "sh", "-c", sum)
 	do("env", "create", "--hostname", "inside", "one", "tools")
 	assert.Equal(t, "inside\nhello\n", do("env", "run", "one", "tools", "--", "sh", "-c",
 		"hostname; mkdir -p /opt/bin; printf '#!/bin/sh\\necho hello\\n' > /opt/bin/tool; chmod +x /opt/bin/tool; rm /etc/hosts; cat /etc/passwd > /dev/null; /opt/bin/tool"))
-	assert.Equal(t, 7, gondola(t, "env", "run", "one", "tools", "--", "sh", "-c", "exit 7").code)
-	assert.Equal(t, before, do("exec", "one", "--", "sh", "-c", sum), "the base was changed")
-	assert.Contains(t, do("exec", "one", "--", "gondola-agent", "env", "ls"), "tools")
+	// A command of busybox' without a link, as gondola exec finds it, and its exit code.
+	assert.Equal(t, 1, gondola(t, "env", "run", "one", "tools", "--", "cmp", "/etc/passwd", "/opt/bin/tool").code)
+	assert.Equal(t, before+"tools\n", do("exec", "one", "--", "sh", "-c", sum+"; gondola-agent env ls | grep -o ^tools"), "the base was changed")
 	var x struct{ Outcome, Changed string }
 	require.NoError(t, json.Unmarshal([]byte(do("env", "explain", "--json", "one", "tools", "/etc/hosts")), &x))
 	assert.Equal(t, "base", x.Outcome)
@@ -58,9 +63,8 @@ func TestEnvironments(t *testing.T) {
 	do("env", "enforce", "one", "tools")
 	assert.Equal(t, 126, gondola(t, "env", "run", "one", "tools", "--", "/bin/reboot").code)
 	assert.Contains(t, do("env", "catalog", "--refused", "one", "tools"), "/bin/reboot")
-	do("env", "enforce", "--off", "one", "tools")
 	packed := filepath.Join(dir, "tools.tar.zst")
-	do("env", "pack", "one", "tools", packed)
+	do("env", "pack", "--base", "one", "tools", packed)
 
 	image := filepath.Join(dir, "data.img")
 	do("disk", "create", image, "16M")
@@ -74,14 +78,11 @@ func TestEnvironments(t *testing.T) {
 	assert.Equal(t, "kept\n", do("env", "run", "one", "again", "--", "sh", "-c", "cat /kept"))
 	do("stop", "one")
 
+	// Its shell comes along: there is none of busybox' here.
 	do("run", "-d", "--name", "two", "--userland", "uroot")
 	t.Cleanup(func() { gondola(t, "stop", "--kill", "two") })
 	do("env", "unpack", "two", packed)
 	assert.Equal(t, "hello\n", do("env", "run", "two", "tools", "--", "/opt/bin/tool"))
 	r := gondola(t, "env", "check", "--json", "two", "tools")
-	var lacks []string
-	require.NoError(t, json.Unmarshal([]byte(r.stdout), &lacks))
-	assert.Contains(t, lacks, "/bin/busybox")
-	assert.Equal(t, 1, r.code)
-	do("env", "rm", "two", "tools")
+	assert.Equal(t, 0, r.code, r.stdout)
 }

@@ -259,7 +259,12 @@ func (f *fleetUpFlags) run(ctx context.Context, file string, w io.Writer) error 
 
 // failures tells which machines failed at their start; they may be in back-off.
 func (d *fleetDir) failures(ctx context.Context) error {
+	// The guests that have just begun may leave its supervisor little of the host.
+	const patience = 6
 	s, err := d.status(ctx)
+	for n := 1; n < patience && errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil; n++ {
+		s, err = d.status(ctx)
+	}
 	if err != nil {
 		return err
 	}
@@ -769,7 +774,7 @@ func (d *fleetDir) down(ctx context.Context, kill bool, w io.Writer) error {
 		return errors.Join(err, claimed.lock.Close())
 	}
 	// Those that do not answer, but are known.
-	running, err := machines(ctx, false)
+	running, err := machines(ctx, false, "")
 	if err != nil {
 		return errors.Join(err, claimed.lock.Close())
 	}

@@ -30,6 +30,8 @@ type fleetGate struct {
 // gated is a machine at the gate.
 type gated struct {
 	params   gate.Params
+	shares   uint64
+	percent  int       // of them, by work orders; 0 is 100
 	always   bool      // marked by the file
 	requests *requests // has the guest's own mark; nil: it has none
 	ran      time.Duration
@@ -75,9 +77,29 @@ func (f *fleetGate) add(m fleet.Machine) {
 		g = &gated{}
 		f.machines[m.Name] = g
 	}
-	g.params.Weight = float64(cmp.Or(m.Shares, control.DefaultShares)) / control.DefaultShares
-	g.always = m.TimeCritical
-	f.Set(m.Name, g.params)
+	g.shares, g.always = m.Shares, m.TimeCritical
+	f.setWeight(m.Name, g)
+}
+
+// setWeight brings a machine's weight to the gate. With f.mu.
+func (f *fleetGate) setWeight(name string, g *gated) {
+	part := float64(cmp.Or(g.percent, control.UsualCPUPart)) / control.UsualCPUPart
+	g.params.Weight = float64(cmp.Or(g.shares, control.DefaultShares)) / control.DefaultShares * part
+	f.Set(name, g.params)
+}
+
+// weigh implements weigher.
+func (f *fleetGate) weigh(machine string, percent int) bool {
+	if f.Gate == nil {
+		return false
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if g := f.machines[machine]; g != nil {
+		g.percent = percent
+		f.setWeight(machine, g)
+	}
+	return true
 }
 
 // watch lets the guest mark its machine.

@@ -415,7 +415,7 @@ func (r *libraryRunner) Start(ctx context.Context, m fleet.Machine) (_ fleet.Run
 	}
 	ctx, interrupt := context.WithCancelCause(ctx)
 	f.cold = true // its own state after the boot is of use to processes only
-	s, err := f.start(ctx, &cfg, nil, nil, publication{must: true, interrupt: interrupt, output: path})
+	s, err := f.start(ctx, &cfg, nil, nil, publication{must: true, interrupt: interrupt, output: path, weigher: r.gate})
 	if err != nil {
 		interrupt(nil)
 		return nil, errors.Join(err, out.Close())

@@ -314,7 +314,7 @@ func (d *fleetDir) status(ctx context.Context) (fleetStatus, error) {
 
 // fleetMachines are the running machines with the label of a fleet, by name.
 func fleetMachines(ctx context.Context, name string) (map[string]control.Info, error) {
-	list, err := machines(ctx, true)
+	list, err := machines(ctx, true, "")
 	if err != nil {
 		return nil, err
 	}

@@ -108,6 +108,7 @@ type publication struct {
 	labels     map[string]string
 	output     string        // the file that has the machine's output, if there is no background
 	quota      store.Options // of the machine's states
+	weigher    weigher       // of a machine that shares its process with others
 }
 
 // published is a machine that others can see; nil where that is not possible.
@@ -116,6 +117,8 @@ type published struct {
 	server *control.Server
 	states *states
 	events *serviceEvents
+
+	weigher weigher
 }
 
 // publish makes a machine known under the configuration's name, which it changes
@@ -174,7 +177,7 @@ func tryPublish(cfg *guest.Config, p publication) (*published, error) {
 	if p.background != nil || p.output != "" {
 		cfg.Output = io.MultiWriter(cfg.Output, log)
 	}
-	return &published{home: home, server: server, states: states, events: events}, nil
+	return &published{home: home, server: server, states: states, events: events, weigher: p.weigher}, nil
 }
 
 // stateKeeper has the machine's states; nil: it has none.
@@ -199,7 +202,7 @@ func (p *published) attach(g *guest.Guest, cfg guest.Config, r *requests) {
 	if p != nil {
 		p.states.attach(g, cfg.Shape())
 		p.events.requests.Store(r)
-		p.server.Attach(controlled{g, r})
+		p.server.Attach(controlled{g, r, p.weigher, cfg.Name})
 	}
 }
 
@@ -217,6 +220,8 @@ func (p *published) Close() {
 type controlled struct {
 	*guest.Guest
 	requests *requests
+	weigher  weigher // nil: the machine has its process for itself
+	name     string
 }
 
 func (c controlled) Pause(ctx context.Context) error { return c.VM().Pause(ctx) }
@@ -225,5 +230,5 @@ func (c controlled) Stop()                           { c.VM().Stop() }
 func (c controlled) Stats() vmm.Stats                { return c.VM().Stats() }
 func (c controlled) Requests() *control.Requests     { return c.requests.counters() }
 func (c controlled) AttachDisk(d control.Disk) (string, error) {
-	return c.Guest.AttachDisk(guest.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Serial: d.Serial, Limits: d.Limits})
+	return c.Guest.AttachDisk(guest.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Backing: d.Backing, Serial: d.Serial, Limits: d.Limits})
 }

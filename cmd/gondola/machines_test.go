@@ -373,6 +373,18 @@ func TestStopCommand(t *testing.T) {
 	list, err := home.List()
 	require.NoError(t, err)
 	assert.Empty(t, list)
+
+	for _, name := range names {
+		runMachine(t, home, name, control.Info{})
+	}
+	r = gondola(t, "stop", "--all", "a")
+	assert.Equal(t, exitUsage, r.code)
+	r = gondola(t, "stop", "--all")
+	assert.Zero(t, r.code, r.stderr)
+	assert.ElementsMatch(t, names, strings.Fields(r.stdout))
+	r = gondola(t, "stop", "--all")
+	assert.Zero(t, r.code, r.stderr)
+	assert.Empty(t, r.stdout)
 }
 
 // A process that does not answer is killed, if asked for.

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -30,6 +29,8 @@ type managerFlags struct {
 	interval, sample time.Duration
 	samples          int
 	budget           memorySize
+	processors       int // 0: they are left alone
+	bandwidth        bandwidths
 	once, dry        bool
 	asJSON           bool
 	record, file     string
@@ -59,8 +60,14 @@ than --memory-min or more than --memory-max of its gondola run. Runs until Ctrl-
 The levels: high above 6 % of the host's memory available, soft below 4 %, hard
 below 2 %, low below 1 %; pressure (/proc/pressure/memory) makes them worse. What a
 guest says of itself changes nothing; which part of its memory it uses is found out
-by sampling. Machines that do not follow are passed over for a minute.`,
+by sampling. Machines that do not follow are passed over for a minute.
+
+With --processors and --bandwidth it divides those by the same rule: no more than
+that many processors of all machines are online (the guests' agents take the others
+offline), and the disks or networks whose names match move no more bytes together.
+Each keeps one processor, and 64 KiB a second of each device.`,
 		Example: `  gondola manager
+  gondola manager --processors 8 --bandwidth 'vd*=200M' --bandwidth 'eth*=50M'
   gondola manager --once --dry-run
   gondola manager --config memory.yaml
   gondola manager --budget 512M --record memory.jsonl
@@ -79,6 +86,8 @@ by sampling. Machines that do not follow are passed over for a minute.`,
 				return usageError{fmt.Errorf("--sample-interval %v: want 100ms to 1h", f.sample)}
 			case f.samples < 1 || f.samples > maxManagerSamples:
 				return usageError{fmt.Errorf("--samples %d: want 1 to %d", f.samples, maxManagerSamples)}
+			case f.processors < 0 || f.processors > maxProcessors:
+				return usageError{fmt.Errorf("--processors %d: want 1 to %d, or 0 to leave them alone", f.processors, maxProcessors)}
 			}
 			return f.run(cmd.Context(), cmd.OutOrStdout())
 		},
@@ -89,6 +98,8 @@ by sampling. Machines that do not follow are passed over for a minute.`,
 	fl.DurationVar(&f.sample, "sample-interval", 5*time.Second, "how long sampled pages are watched")
 	fl.IntVar(&f.samples, "samples", 256, "pages sampled of each machine at a time")
 	fl.Var(&f.budget, "budget", "memory that all machines may have together (default what the host can give)")
+	fl.IntVar(&f.processors, "processors", 0, "processors that all machines may have online together (default: they are left alone)")
+	fl.Var(&f.bandwidth, "bandwidth", "bytes a second that the devices of all machines may move together, by their names in the guest: vd*=200M; can be given more than once")
 	fl.StringVar(&f.file, "config", "", "YAML file with these settings, and shares, min and max of machines (docs/balloon.md); flags count more")
 	fl.BoolVar(&f.once, "once", false, "decide once and end")
 	fl.BoolVar(&f.dry, "dry-run", false, "change nothing")
@@ -114,6 +125,7 @@ func (f *managerFlags) configure(given func(flag string) bool) (err error) {
 	for name, take := range map[string]func(){
 		"tax": func() { f.tax = c.tax }, "interval": func() { f.interval = c.interval }, "sample-interval": func() { f.sample = c.sample },
 		"samples": func() { f.samples = c.samples }, "budget": func() { f.budget = c.budget },
+		"processors": func() { f.processors = c.processors }, "bandwidth": func() { f.bandwidth = c.bandwidth },
 	} {
 		if c.set[name] && !given(name) {
 			take()
@@ -143,7 +155,9 @@ type record struct {
 	Host     hostRecord      `json:"host"`
 	Decision policy.Decision `json:"decision"`
 	Machines []machineRecord `json:"machines"`
-	Errors   []string        `json:"errors,omitempty"`
+	// Pools are what is divided beside memory.
+	Pools  []poolRecord `json:"pools,omitempty"`
+	Errors []string     `json:"errors,omitempty"`
 }
 
 type hostRecord struct {
@@ -181,7 +195,7 @@ func (f *managerFlags) run(ctx context.Context, out io.Writer) error {
 		defer file.Close()
 		rec = file
 	}
-	m := &manager{flags: f, home: home, policy: policy.New(f.policyConfig()), clients: newClients(home), last: map[string]observed{}}
+	m := newManager(f, home)
 	defer m.close()
 	for {
 		r, err := m.step(ctx)
@@ -192,7 +206,7 @@ func (f *managerFlags) run(ctx context.Context, out io.Writer) error {
 			return err
 		}
 		if rec != nil {
-			if err := json.NewEncoder(rec).Encode(r); err != nil {
+			if err := printJSONLine(rec, r); err != nil {
 				return fmt.Errorf("--record: %w", err)
 			}
 		}
@@ -206,9 +220,64 @@ func (f *managerFlags) run(ctx context.Context, out io.Writer) error {
 		if r.Decision.Level == policy.Low {
 			wait = min(wait, lowInterval)
 		}
-		if pause(ctx, wait) != nil {
+		if !m.wait(ctx, wait) {
 			return nil
 		}
+	}
+}
+
+// hostInterval is the time between two looks at the host alone.
+const hostInterval = 200 * time.Millisecond
+
+// wait waits for the next step, which comes early when the host's memory gets scarce
+// meanwhile. It is false when ctx has ended.
+func (m *manager) wait(ctx context.Context, d time.Duration) bool {
+	for end := time.Now().Add(d); ; {
+		left := time.Until(end)
+		if left <= 0 {
+			return ctx.Err() == nil
+		}
+		if pause(ctx, min(left, hostInterval)) != nil {
+			return false
+		}
+		if m.worse(policy.High) {
+			return true
+		}
+	}
+}
+
+// worse tells whether the host is at a level above least, and worse than at the last
+// step.
+func (m *manager) worse(least policy.Level) bool {
+	h, err := host.Read()
+	if err != nil {
+		return false // the next step says it
+	}
+	next := m.policy.Next(policyHost(h))
+	return next > least && next > m.policy.Level()
+}
+
+func policyHost(h host.Memory) policy.Host {
+	return policy.Host{Total: h.Total, Available: h.Available, Some: h.Some, Full: h.Full}
+}
+
+// urgent is a context for asking machines that ends lowTimeout after the host's memory
+// is low, if it was not before: a machine that hangs must not hold up what is done then.
+func (m *manager) urgent(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for ctx.Err() == nil {
+			if m.worse(policy.Hard) {
+				_ = pause(ctx, lowTimeout)
+				cancel()
+			}
+			_ = pause(ctx, hostInterval)
+		}
+	})
+	return ctx, func() {
+		cancel()
+		wg.Wait()
 	}
 }
 
@@ -242,6 +311,20 @@ func (f *managerFlags) print(w io.Writer, r record) error {
 			}
 		}
 	}
+	for _, p := range r.Pools {
+		for _, v := range p.Decision.Moves {
+			if _, err := fmt.Fprintf(w, "%s %s: %s %s, %s\n", at, v.Machine, printable(v.Resource), quantity(p.Unit, v.Target), v.Why); err != nil {
+				return err
+			}
+		}
+		for _, v := range p.Decision.Views {
+			if v.Passed {
+				if _, err := fmt.Fprintf(w, "%s %s: %s: does not follow its target\n", at, v.Machine, printable(v.Resource)); err != nil {
+					return err
+				}
+			}
+		}
+	}
 	for _, e := range r.Errors {
 		if _, err := fmt.Fprintf(w, "%s %s\n", at, printable(e)); err != nil {
 			return err
@@ -258,6 +341,16 @@ type manager struct {
 
 	clients *clients
 	last    map[string]observed // what was last known of each machine
+
+	pools []*pool // what is divided beside memory
+	parts map[string]parts
+}
+
+func newManager(f *managerFlags, home *control.Home) *manager {
+	return &manager{
+		flags: f, home: home, policy: policy.New(f.policyConfig()), clients: newClients(home), last: map[string]observed{},
+		pools: f.newPools(), parts: map[string]parts{},
+	}
 }
 
 // farewellTimeout is how long the manager takes to let paused machines go on.
@@ -311,12 +404,9 @@ func (m *manager) step(ctx context.Context) (record, error) {
 	if err != nil {
 		return record{}, err
 	}
-	h, err := host.Read()
-	if err != nil {
-		return record{}, err
-	}
-	r := record{Time: now, Host: hostRecord{h.Total, h.Available, h.Some, h.Full}, Machines: []machineRecord{}}
+	r := record{Time: now, Machines: []machineRecord{}}
 	seen := make([]observed, len(entries))
+	has := make([]parts, len(entries))
 	var mu sync.Mutex
 	failed := func(name string, err error) {
 		mu.Lock()
@@ -324,9 +414,11 @@ func (m *manager) step(ctx context.Context) (record, error) {
 		r.Errors = append(r.Errors, fmt.Sprintf("%s: %v", name, err))
 	}
 	var wg sync.WaitGroup
+	ask, answered := m.urgent(ctx)
+	defer answered()
 	for i, e := range entries {
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, m.timeout())
+			ctx, cancel := context.WithTimeout(ask, m.timeout())
 			defer cancel()
 			var err error
 			if seen[i], err = m.observe(ctx, e.Name, m.last[e.Name]); err != nil {
@@ -336,12 +428,27 @@ func (m *manager) step(ctx context.Context) (record, error) {
 				// asked of it.
 				seen[i].machine.Driver = false
 			}
+			if len(m.pools) == 0 {
+				return
+			}
+			if has[i], err = m.observeParts(ctx, e.Name, m.parts[e.Name]); err != nil {
+				failed(e.Name, err)
+				has[i] = m.parts[e.Name]
+			}
 		})
 	}
 	wg.Wait()
+	answered()
+	h, err := host.Read()
+	if err != nil {
+		return record{}, err
+	}
+	r.Host = hostRecord{h.Total, h.Available, h.Some, h.Full}
 	clear(m.last)
+	clear(m.parts)
+	names := make([]string, len(entries))
 	for i, e := range entries {
-		m.last[e.Name] = seen[i]
+		m.last[e.Name], m.parts[e.Name], names[i] = seen[i], has[i], e.Name
 	}
 	var machines []policy.Machine
 	for _, o := range seen {
@@ -350,18 +457,27 @@ func (m *manager) step(ctx context.Context) (record, error) {
 			r.Machines = append(r.Machines, o.record)
 		}
 	}
-	r.Decision = m.policy.Step(now, policy.Host{Total: h.Total, Available: h.Available, Some: h.Some, Full: h.Full}, machines)
+	r.Decision = m.policy.Step(now, policyHost(h), machines)
+	r.Pools = m.divide(now, names, m.parts)
 	if m.flags.dry {
 		return r, nil
 	}
-	for _, a := range r.Decision.Actions {
+	do := func(name string, what func(context.Context) error) {
 		wg.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, m.timeout())
 			defer cancel()
-			if err := m.act(ctx, a); err != nil {
-				failed(a.Name, err)
+			if err := what(ctx); err != nil {
+				failed(name, err)
 			}
 		})
+	}
+	for _, a := range r.Decision.Actions {
+		do(a.Name, func(ctx context.Context) error { return m.act(ctx, a) })
+	}
+	for _, p := range r.Pools {
+		for _, v := range p.Decision.Moves {
+			do(v.Machine, func(ctx context.Context) error { return m.give(ctx, v) })
+		}
 	}
 	wg.Wait()
 	slices.Sort(r.Errors)

@@ -13,6 +13,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/gondola-vmm/gondola/balloon/policy"
 )
 
 // records is what the manager writes of two machines in three seconds.
@@ -22,7 +24,9 @@ func records(t testing.TB) []byte {
 	for i := range 3 {
 		require.NoError(t, json.NewEncoder(&b).Encode(record{Time: time.Unix(int64(1e9+i), 0), Machines: []machineRecord{
 			{Name: "a", Target: 64 << 20, Actual: uint64(128-32*i) << 20}, {Name: "b", Target: 256 << 20, Actual: 200 << 20},
-		}}))
+		}, Pools: []poolRecord{{Resource: "cpus", Unit: "processors", Holders: []holderRecord{
+			{Key: policy.Key{Machine: "a", Resource: "cpus"}, Target: 1, Actual: uint64(1 + i)}, {Key: policy.Key{Machine: "b", Resource: "cpus"}, Target: 2, Actual: 2},
+		}}}}))
 	}
 	return b.Bytes()
 }
@@ -46,6 +50,21 @@ func TestPlot(t *testing.T) {
 	}
 }
 
+func TestPlotOfProcessors(t *testing.T) {
+	rs, err := readRecords(bytes.NewReader(records(t)))
+	require.NoError(t, err)
+	c, err := curvesOf(rs, "cpus")
+	require.NoError(t, err)
+	assert.Equal(t, "processors", c.unit)
+	require.Len(t, c.actual["a"], 3)
+	assert.InDelta(t, 3, c.actual["a"][2].Y, 0)
+	require.NoError(t, c.draw(filepath.Join(t.TempDir(), "x.svg")))
+	_, err = curvesOf(rs, "io:vda")
+	require.ErrorIs(t, err, errRecord)
+	_, err = curvesOf(rs, "[")
+	require.ErrorAs(t, err, new(usageError))
+}
+
 func TestPlotRefuses(t *testing.T) {
 	for name, s := range map[string]string{
 		"nothing": "", "no record": "{}\n{}\n", "garbage in the middle": "garbage\n" + string(records(t)), "only a cut line": `{"time":`,
@@ -67,6 +86,8 @@ func FuzzRecords(f *testing.F) {
 
 func TestMemoryCommandsRefuse(t *testing.T) {
 	for _, args := range [][]string{
+		{"manager", "--processors", "-1"}, {"manager", "--bandwidth", "vda"}, {"manager", "--bandwidth", "vda=1"}, {"manager", "--bandwidth", "[=1G"},
+		{"manager", "--bandwidth", "vda=1G", "--bandwidth", "vda=2G"},
 		{"manager", "--tax", "1"}, {"manager", "--tax", "-0.1"}, {"manager", "--interval", "1ms"}, {"manager", "--samples", "0"},
 		{"manager", "plot"}, {"cpus"}, {"cpus", "a", "--online", "0"}, {"cpus", "a", "--online", "x"}, {"cpus", "a", "--wait", "2m"}, {"resources"}, {"resources", "a", "cpus"}, {"resources", "a", "disk=1"}, {"resources", "a", "memory=x"},
 		{"manager", "plot", "x", "-o", "x.gif"}, {"manager", "stray"},

@@ -31,6 +31,8 @@ type managerConfig struct {
 	sample     time.Duration
 	samples    int
 	budget     memorySize
+	processors int
+	bandwidth  bandwidths
 	thresholds [3]float64
 	machines   []machineRule
 }
@@ -108,6 +110,13 @@ func parseManagerConfig(b []byte) (*managerConfig, error) {
 			}
 			return nil
 		},
+		"processors": func(n *yaml.Node) (err error) {
+			if c.processors, err = strconv.Atoi(n.Value); err != nil || c.processors < 1 || c.processors > maxProcessors {
+				return configError(n, "processors %q: want 1 to %d", n.Value, maxProcessors)
+			}
+			return nil
+		},
+		"bandwidth":  c.parseBandwidth,
 		"thresholds": c.parseThresholds,
 		"machines":   c.parseMachines,
 	}, c.set)
@@ -172,6 +181,23 @@ func configFraction(n *yaml.Node) (float64, error) {
 		return 0, configError(n, "%q: want 0 to 1, or a percentage as 6%%", n.Value)
 	}
 	return v, nil
+}
+
+// parseBandwidth reads patterns of devices, in the order in which they count.
+func (c *managerConfig) parseBandwidth(n *yaml.Node) error {
+	if n.Kind != yaml.MappingNode {
+		return configError(n, "bandwidth must be a mapping of devices, or patterns as vd*, to bytes a second")
+	}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		k, v := n.Content[i], n.Content[i+1]
+		if v.Kind != yaml.ScalarNode {
+			return configError(v, "bandwidth %s: want bytes a second, as 200M", k.Value)
+		}
+		if err := c.bandwidth.add(k.Value, v.Value); err != nil {
+			return configError(k, "bandwidth %v", err)
+		}
+	}
+	return nil
 }
 
 func (c *managerConfig) parseThresholds(n *yaml.Node) error {

@@ -19,6 +19,8 @@ interval: 500ms
 sample-interval: 2s
 samples: 64
 budget: 2G
+processors: 6
+bandwidth: {"vd*": 200M, eth0: 1G}
 thresholds: {high: 10%, soft: 0.05, hard: 1%}
 machines:
   web1: {shares: 3000}
@@ -48,6 +50,8 @@ func TestManagerConfig(t *testing.T) {
 	assert.Equal(t, 500*time.Millisecond, f.interval)
 	assert.Equal(t, [3]float64{0.1, 0.05, 0.01}, f.policyConfig().Thresholds)
 	assert.EqualValues(t, 2<<30, f.policyConfig().Budget)
+	assert.Equal(t, 6, f.processors)
+	assert.Equal(t, "vd*=200M,eth0=1G", f.bandwidth.String())
 }
 
 func TestManagerConfigSaysWhere(t *testing.T) {
@@ -71,6 +75,12 @@ func TestManagerConfigSaysWhere(t *testing.T) {
 		"version: 1\nmachines:\n  \"[\": {}\n":                     "line 3:",
 		"version: 1\nmachines:\n  a: &x {}\n  b: *x\n":             "line 4:",
 		"version: 1\nbudget: &b 1G\nmachines: {a: {min: *b}}\n":    "line 3:",
+		"version: 1\nprocessors: 0\n":                              "line 2: processors",
+		"version: 1\nbandwidth: 5M\n":                              "line 2: bandwidth",
+		"version: 1\nbandwidth:\n  vda: 5\n":                       "line 3: bandwidth vda: 5 bytes",
+		"version: 1\nbandwidth:\n  vda: 5M\n  vda: 6M\n":           "line 4: bandwidth vda twice",
+		"version: 1\nbandwidth:\n  \"[\": 5M\n":                    "line 3: bandwidth",
+		"version: 1\nbandwidth: {vda: {}}\n":                       "line 2: bandwidth vda",
 		"version: 1\n\tbad":                                        "line 2",
 	} {
 		_, err := parseManagerConfig([]byte(text))

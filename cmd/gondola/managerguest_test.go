@@ -12,7 +12,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/gondola-vmm/gondola/balloon/policy"
 	"github.com/gondola-vmm/gondola/guestagent"
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/vmm/control"
@@ -25,7 +24,7 @@ import (
 // control sockets: without a tax each has half; with one, the busy guest has more
 // than the idle one. Nobody has less than its minimum at any time (S3.5, S3.10).
 func TestManagerWithGuests(t *testing.T) {
-	needkvm.Test(t)
+	needkvm.Heavy(t)
 	const mib = 1 << 20
 	const size, least, budget = 128 * mib, 40 * mib, 160 * mib
 	dir := t.TempDir()
@@ -40,16 +39,7 @@ func TestManagerWithGuests(t *testing.T) {
 		"busy": "mkdir /mnt; mount -t tmpfs -o size=120m none /mnt; dd if=/dev/zero of=/mnt/x bs=1M count=36 2>/dev/null; (while :; do dd if=/mnt/x of=/dev/null bs=64k 2>/dev/null; sleep 0.2; done) </dev/null >/dev/null 2>&1 &",
 	}
 	for _, name := range []string{"idle", "busy"} {
-		cfg := guest.Config{Name: name, Memory: size, Userland: initramfs.UserlandBusybox}
-		pub, err := publish(&cfg, publication{must: true, interrupt: func(error) {}, policy: control.Policy{Shares: 1000, Min: least, Max: size}})
-		require.NoError(t, err)
-		t.Cleanup(pub.Close)
-		g, err := guest.Start(ctx, cfg)
-		require.NoError(t, err)
-		t.Cleanup(func() { assert.NoError(t, g.Close()) })
-		pub.attach(g, cfg, nil)
-		require.NoError(t, g.Ready(ctx))
-		require.Equal(t, result{}, guestScript(ctx, t, g, script[name]))
+		managed(ctx, t, guest.Config{Name: name, Memory: size}, control.Policy{Shares: 1000, Min: least, Max: size}, script[name])
 	}
 	file := filepath.Join(dir, "run.jsonl")
 	out, err := os.Create(file)
@@ -62,7 +52,7 @@ func TestManagerWithGuests(t *testing.T) {
 		home, err := openHome()
 		require.NoError(t, err)
 		defer home.Close()
-		m := &manager{flags: f, home: home, policy: policy.New(f.policyConfig()), clients: newClients(home), last: map[string]observed{}}
+		m := newManager(f, home)
 		defer m.close()
 		for {
 			r, err := m.step(ctx)
@@ -97,7 +87,7 @@ func TestManagerWithGuests(t *testing.T) {
 	c := rootCommand()
 	c.SetArgs([]string{"manager", "plot", file, "-o", filepath.Join(dir, "run.svg")})
 	require.NoError(t, c.ExecuteContext(ctx))
-	list, err := machines(ctx, true)
+	list, err := machines(ctx, true, "")
 	require.NoError(t, err)
 	require.Len(t, list, 2)
 	for _, i := range list { // what gondola ps shows
@@ -109,8 +99,24 @@ func TestManagerWithGuests(t *testing.T) {
 	}
 }
 
+// managed is a guest that the manager finds, after a script.
+func managed(ctx context.Context, t testing.TB, cfg guest.Config, p control.Policy, script string) *guest.Guest {
+	t.Helper()
+	cfg.Userland = initramfs.UserlandBusybox
+	pub, err := publish(&cfg, publication{must: true, interrupt: func(error) {}, policy: p})
+	require.NoError(t, err)
+	t.Cleanup(pub.Close)
+	g, err := guest.Start(ctx, cfg)
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, g.Close()) })
+	pub.attach(g, cfg, nil)
+	require.NoError(t, g.Ready(ctx))
+	require.Equal(t, result{}, guestScript(ctx, t, g, script))
+	return g
+}
+
 // guestScript runs a script in a guest; the zero result is success without a word.
-func guestScript(ctx context.Context, t *testing.T, g *guest.Guest, script string) result {
+func guestScript(ctx context.Context, t testing.TB, g *guest.Guest, script string) result {
 	t.Helper()
 	var out, errs bytes.Buffer
 	s, err := g.Agent().Exec(ctx, guestagent.Command{Args: []string{"sh", "-c", script}, Stdout: &out, Stderr: &errs})

@@ -25,6 +25,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/devices/iostat"
 	"github.com/gondola-vmm/gondola/scheduler/fleet"
+	"github.com/gondola-vmm/gondola/scheduler/rules"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
 
@@ -32,7 +33,7 @@ import (
 const defaultMetrics = "127.0.0.1:9184"
 
 func metricsCommand() *cobra.Command {
-	var listen string
+	var listen, services string
 	var once bool
 	c := &cobra.Command{
 		Use:   "metrics",
@@ -42,8 +43,12 @@ on --listen, in Prometheus' text formats, until Ctrl-C (docs/metrics.md has the
 names). A scrape asks the machines; between scrapes nothing is done. Who can reach
 the address can read them: keep it local, or behind something that asks who it is.
 
+With --services, the states of a file's services (docs/rules.md) are among them: a
+scrape looks into the guests then, which costs each what a cycle of rules does.
+
 gondola fleet up --metrics serves the same for one fleet.`,
 		Example: `  gondola metrics --listen 127.0.0.1:9184
+  gondola metrics --services services.yaml
   gondola metrics --once | grep gondola_machine_exits_total`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -54,6 +59,11 @@ gondola fleet up --metrics serves the same for one fleet.`,
 			defer home.Close()
 			m := newMetrics(home, "", nil)
 			defer m.clients.Close()
+			if services != "" {
+				if m.services, err = readServices(services); err != nil {
+					return err
+				}
+			}
 			if once {
 				return m.print(cmd.OutOrStdout())
 			}
@@ -68,6 +78,7 @@ gondola fleet up --metrics serves the same for one fleet.`,
 		},
 	}
 	c.Flags().StringVar(&listen, "listen", defaultMetrics, "address and port")
+	c.Flags().StringVar(&services, "services", "", "file with services, whose states are told (docs/rules.md)")
 	c.Flags().BoolVar(&once, "once", false, "print them once and end")
 	return c
 }
@@ -104,6 +115,7 @@ type metrics struct {
 	clients  *clients
 	fleet    string // "": all machines
 	fleets   func() []fleetStatus
+	services []rules.Service
 	registry *prometheus.Registry
 }
 
@@ -208,6 +220,10 @@ var (
 	descFleetState    = desc("fleet_machine_state", "1 for the state that a machine of a fleet is in, 0 for the others.", "state")
 	descFleetRestarts = desc("fleet_machine_restarts_total", "Times that a machine of a fleet was started again.")
 	descFleetCode     = desc("fleet_machine_last_exit_code", "Exit code of the machine's last end, if it is known.")
+
+	descService        = &lazyDesc{name: "service_state", help: "1 for the state that a service is in, 0 for the others.", labels: []string{"service", "state"}}
+	descServiceMachine = &lazyDesc{name: "service_machine_state", help: "1 for the state that a machine of a service is in, 0 for the others.", labels: []string{"service", "machine", "state"}}
+	descServiceMissing = &lazyDesc{name: "service_machine_missing_components", help: "Components of the service that the machine lacks.", labels: []string{"service", "machine"}}
 )
 
 func desc(name, help string, labels ...string) *lazyDesc {
@@ -246,6 +262,37 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	for _, f := range m.fleets() {
 		collectFleet(ch, &f)
+	}
+	collectSched(ch, m.fleetsOf(all))
+	if len(m.services) > 0 {
+		m.collectServices(ch)
+	}
+}
+
+// collectServices looks into the guests for what services are made of (S4.9).
+func (m *metrics) collectServices(ch chan<- prometheus.Metric) {
+	last, err := lookAtAll(context.Background(), m.clients.home)
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(descService.get(), err)
+		return
+	}
+	send := func(d *lazyDesc, state rules.Health, labels ...string) {
+		for _, s := range []rules.Health{rules.Healthy, rules.Degraded, rules.Failed} {
+			v := 0.
+			if s == state {
+				v = 1
+			}
+			ch <- prometheus.MustNewConstMetric(d.get(), prometheus.GaugeValue, v, slices.Concat(labels, []string{s.String()})...)
+		}
+	}
+	for i := range m.services {
+		h := m.services[i].Check(last)
+		service := valid(h.Service)
+		send(descService, h.State, service)
+		for _, x := range h.Machines {
+			send(descServiceMachine, x.State, service, valid(x.Machine))
+			ch <- prometheus.MustNewConstMetric(descServiceMissing.get(), prometheus.GaugeValue, float64(len(x.Missing)), service, valid(x.Machine))
+		}
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gondola-vmm/gondola/devices/tap"
 	"github.com/gondola-vmm/gondola/devices/usernet"
 	"github.com/gondola-vmm/gondola/devices/virtio/vsock"
 	"github.com/gondola-vmm/gondola/vmm/control"
@@ -19,18 +20,18 @@ import (
 )
 
 // parseNetwork reads user[,OPTION…], tap:NAME[,OPTION…], private:NAME[,OPTION…] or
-// none. The directory of a private network is the caller's to find (privateNet).
+// none. The directory of a private network is the caller's to find (settle).
 func parseNetwork(s string) (*guest.Network, error) {
 	words := strings.Split(s, ",")
 	n := &guest.Network{}
-	tap, isTap := strings.CutPrefix(words[0], "tap:")
+	tapName, isTap := strings.CutPrefix(words[0], "tap:")
 	private, isPrivate := strings.CutPrefix(words[0], "private:")
 	configured := isTap || isPrivate // by options
 	switch {
 	case s == "none":
 		return nil, nil
-	case isTap && tap != "" && len(tap) < 16:
-		n.Tap = tap
+	case isTap && tapName != "" && len(tapName) < 16:
+		n.Tap = tapName
 	case isPrivate:
 		if err := control.CheckName(private); err != nil {
 			return nil, err
@@ -64,6 +65,10 @@ func parseNetwork(s string) (*guest.Network, error) {
 			if n.Down = value == "down"; value != "down" && value != "up" {
 				err = errors.New("want up or down")
 			}
+		case name == "queues" && isTap:
+			if n.Queues, err = strconv.Atoi(value); err != nil || n.Queues < 1 || n.Queues > tap.MaxQueues {
+				err = fmt.Errorf("want 1 to %d", tap.MaxQueues)
+			}
 		case name == "ip" && configured:
 			n.Address, err = netip.ParsePrefix(value)
 		case name == "gw" && configured:
@@ -73,7 +78,7 @@ func parseNetwork(s string) (*guest.Network, error) {
 		default:
 			var known bool
 			if known, err = limitOption(&n.Limits, name, value); !known {
-				err = errors.New("the options are mac=ADDRESS, mtu=N, link=up or down, " + limitOptions + "; with user host, with tap and private ip=ADDRESS/BITS, gw=ADDRESS, dns=ADDRESS")
+				err = errors.New("the options are mac=ADDRESS, mtu=N, link=up or down, " + limitOptions + "; with user host, with tap and private ip=ADDRESS/BITS, gw=ADDRESS, dns=ADDRESS, with tap queues=N")
 			}
 		}
 		if err != nil {
@@ -83,14 +88,63 @@ func parseNetwork(s string) (*guest.Network, error) {
 	return n, nil
 }
 
-// privateNet finds the directory of a machine's private network, and gives the
-// machine an address of its own there, which is the same each time.
-func privateNet(n *guest.Network, machine string) {
-	n.Private = filepath.Join(control.DefaultHome(), ".nets", n.Private)
-	if n.MAC == [6]byte{} {
+// settle finds the directory of a machine's private network, and gives the machine a
+// station's address of its own, which is the same each time, on networks that it shares
+// with others: private ones, and those behind a TAP interface if it is a copy of another
+// machine, of the state from (nil: none). A machine that goes on from its own state
+// keeps the one that it had.
+func settle(n *guest.Network, machine string, from *origin) {
+	if n == nil {
+		return
+	}
+	if n.Private != "" {
+		n.Private = filepath.Join(control.DefaultHome(), ".nets", n.Private)
+	}
+	own := from == nil && n.Private != "" || from != nil && from.machine != machine && (n.Private != "" || n.Tap != "")
+	if own && n.MAC == [6]byte{} {
 		sum := sha256.Sum256([]byte(machine))
 		n.MAC = [6]byte{0x52, 0x54, 0, sum[0], sum[1], sum[2]}
 	}
+}
+
+// forClones are the values of --net for count machines from a state, of which the
+// first has the given address, and the others those that follow it.
+func forClones(net string, shape guest.Shape, count int) ([]string, error) {
+	list := make([]string, count)
+	if net == "" {
+		return list, nil
+	}
+	n, err := parseNetwork(net)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("--net %w", err)}
+	}
+	if n != nil && count > 1 {
+		switch {
+		case n.Tap != "":
+			return nil, usageError{errors.New("--net: a TAP interface is one machine's: clone one at a time, each with its own")}
+		case n.MAC != [6]byte{}:
+			return nil, usageError{errors.New("--net: mac= would be the address of all; without it each has one of its own")}
+		case !n.Address.IsValid() && shape.Address() != "":
+			return nil, usageError{fmt.Errorf("--net: the state's guest has the address %s, and all of the machines would: give the first one's, as in %s,ip=%s; the others get those that follow", shape.Address(), net, shape.Address())}
+		}
+	}
+	words := strings.Split(net, ",")
+	for i := range list {
+		if n != nil && n.Address.IsValid() {
+			for k, w := range words {
+				if strings.HasPrefix(w, "ip=") {
+					words[k] = "ip=" + n.Address.String()
+				}
+			}
+			next := n.Address.Addr().Next()
+			if i < count-1 && !n.Address.Masked().Contains(next) {
+				return nil, usageError{fmt.Errorf("--net: %s, from the given address on, has no addresses for %d machines", n.Address.Masked(), count)}
+			}
+			n.Address = netip.PrefixFrom(next, n.Address.Bits())
+		}
+		list[i] = strings.Join(words, ",")
+	}
+	return list, nil
 }
 
 // parseForward reads [ADDRESS:]HOST:GUEST[/udp|/tcp].

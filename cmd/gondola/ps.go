@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -43,7 +44,7 @@ being prepared), booting (the agent in the guest has not answered yet), running,
 paused, stopping, ended, silent (its process does not answer).`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := machines(cmd.Context(), !quiet || asJSON)
+			list, err := machines(cmd.Context(), !quiet || asJSON, "")
 			if err != nil {
 				return err
 			}
@@ -55,9 +56,9 @@ paused, stopping, ended, silent (its process does not answer).`,
 	return c
 }
 
-// machines lists the running machines, with what they say of themselves if ask is
-// set.
-func machines(ctx context.Context, ask bool) ([]control.Info, error) {
+// machines lists the running machines, but one of name but, with what they say of
+// themselves if ask is set.
+func machines(ctx context.Context, ask bool, but string) ([]control.Info, error) {
 	home, err := openHome()
 	if err != nil {
 		return nil, err
@@ -67,6 +68,7 @@ func machines(ctx context.Context, ask bool) ([]control.Info, error) {
 	if err != nil {
 		return nil, err
 	}
+	entries = slices.DeleteFunc(entries, func(e control.Entry) bool { return e.Name == but })
 	list := make([]control.Info, len(entries))
 	names := make([]string, len(entries))
 	index := map[string]int{}

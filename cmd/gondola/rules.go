@@ -32,8 +32,8 @@ func rulesCommand() *cobra.Command {
 		Long: `Look at what runs in machines and on the host, and by rules raise the processes that
 do the work and lower the others: the class of a process goes one step per cycle,
 low, below normal, normal, above normal, high; real time is never entered or left.
-Machines that use more of their memory than a threshold in three cycles in a row get
-more of it through their balloon, if that helps. docs/rules.md describes rule files.`,
+Machines that use more of their memory, or want more processor time, than a threshold
+in three cycles in a row get more of it, if that helps. docs/rules.md describes rule files.`,
 		Example: `  gondola rules dry-run web
   gondola rules apply --every 10s
   gondola rules check my.yaml && gondola rules apply my.yaml
@@ -304,7 +304,7 @@ func rulesHistoryCommand(path *string) *cobra.Command {
 			return ask(cmd.Context(), *path, dbTimeout, `SELECT strftime('%Y-%m-%d %H:%M:%S', time_ms / 1000, 'unixepoch', 'localtime') AS time, what, before, after, why FROM (
 				SELECT time_ms, pid || ' ' || name AS what, before, after, why || iif(dry, ' (dry run)', '') || iif(error = '', '', ': not done: ' || error) AS why FROM action_history WHERE machine = ?1
 				UNION ALL SELECT opened_ms, resource || ' order', printf('%.0f', before), printf('%.0f', after),
-					why || ': ' || state || printf(', use %.0f%% then %.0f%%', use_before * 100, use_after * 100) FROM order_history WHERE machine = ?1
+					why || ': ' || state || printf(', %s %.0f%% then %.0f%%', iif(resource = 'cpu', 'waits', 'use'), use_before * 100, use_after * 100) FROM order_history WHERE machine = ?1
 				ORDER BY time_ms DESC LIMIT ?2) ORDER BY time_ms`, []any{args[0], n}, out)
 		},
 	}
@@ -316,10 +316,12 @@ func rulesHistoryCommand(path *string) *cobra.Command {
 func rulesUndoCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "undo NAME",
-		Short: "Give a machine's processes back the priorities that they had",
+		Short: "Give a machine and its processes back what they had",
 		Long: `Give a machine's processes back the priorities that they had before rules changed
-them. A gondola rules apply that still runs begins anew with its next cycle; when it
-ends, it does by itself what this command does.`,
+them, and the machine the memory and processor time that it had before work orders. A
+gondola rules apply that still runs begins anew with its next cycle; when it ends, it
+gives processes back by itself what they had. What work orders gave, and was kept
+because it helped, stays until this command.`,
 		Args:              oneMachine,
 		ValidArgsFunction: completeMachine,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -332,9 +334,23 @@ ends, it does by itself what this command does.`,
 			defer c.Close()
 			r, err := c.Sched(ctx, proto.SchedRequest{RestoreAll: true})
 			if err != nil {
+				return olderAgent(err)
+			}
+			info, err := c.Counters(ctx)
+			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %d processes put back\n", args[0], r.Restored)
+			orders := ""
+			if info.Orders != nil {
+				o, err := c.Order(ctx, control.OrderRequest{Undo: true})
+				if err != nil {
+					return fmt.Errorf("machine %s: its processes are put back, its allocations are not: %w", args[0], err)
+				}
+				if *info.Orders != o {
+					orders = ", and what work orders gave"
+				}
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %d processes put back%s\n", args[0], r.Restored, orders)
 			return err
 		},
 	}
@@ -348,6 +364,7 @@ type applyFlags struct {
 	once, dry      bool
 	asJSON, noDB   bool
 	noOrders       bool
+	timeout        time.Duration // of a look and a change; 0 is the runner's
 }
 
 func rulesApplyCommand(path *string) *cobra.Command {
@@ -414,7 +431,7 @@ func (f *applyFlags) run(ctx context.Context, path string, out io.Writer) error 
 		}
 		defer a.db.Close()
 	}
-	r := &rules.Runner{Dry: f.dry, Once: f.once, Machines: a.machines, Connect: a.connect, Record: a.record, Round: a.round}
+	r := &rules.Runner{Dry: f.dry, Once: f.once, Timeout: f.timeout, Machines: a.machines, Connect: a.connect, Record: a.record, Round: a.round}
 	r.Replace(set)
 	a.replace = r.Replace
 	name := "the default rules"
@@ -531,8 +548,8 @@ func (a *applier) round(ctx context.Context, now time.Time, last map[string]*rul
 	}
 	if !a.flags.dry && !a.flags.noOrders {
 		var uses []rules.Use
-		for n, o := range last {
-			uses = append(uses, rules.Use{Machine: n, Use: map[string]float64{rules.CPU: o.Machine.CPUUse, rules.Memory: o.Machine.MemoryUse}})
+		for _, o := range last {
+			uses = append(uses, rules.UseOf(&o.Machine, o.Time))
 		}
 		for _, o := range a.orders.Step(ctx, now, uses, a.allocator()) {
 			a.order(ctx, o)
@@ -572,14 +589,14 @@ func (a *applier) tellGuests(ctx context.Context, e rules.HealthEvent) {
 	})
 }
 
-func (a *applier) allocator() rules.Allocator { return balloonAllocator{a.home.Dial} }
+func (a *applier) allocator() rules.Allocator { return machineAllocator{a.home.Dial, schedulerRuns} }
 
 func (a *applier) order(ctx context.Context, o rules.Order) {
 	a.say(func(w io.Writer) error {
 		if a.flags.asJSON {
 			return printJSONLine(w, o)
 		}
-		_, err := fmt.Fprintf(w, "%s %s: order for %s, %.0f → %.0f: %s, %s\n", o.Opened.Format("15:04:05"), o.Machine, o.Resource, o.Before, o.After, o.State, printable(o.Why))
+		_, err := fmt.Fprintf(w, "%s %s: order for %s, %s → %s: %s, %s\n", o.Opened.Format("15:04:05"), o.Machine, o.Resource, allocationText(o.Resource, o.Before), allocationText(o.Resource, o.After), o.State, printable(o.Why))
 		return err
 	})
 	if a.db != nil {
@@ -590,9 +607,17 @@ func (a *applier) order(ctx context.Context, o rules.Order) {
 	}
 }
 
+// allocationText is an allocation in its unit.
+func allocationText(resource string, v float64) string {
+	if resource == rules.Memory {
+		return size(uint64(max(v, 0)))
+	}
+	return fmt.Sprintf("%.0f %%", v)
+}
+
 // end takes an order back whose effect is not known.
 func (a *applier) end(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, balloonWait)
+	ctx, cancel := context.WithTimeout(ctx, allocationWait)
 	defer cancel()
 	if o, ok := a.orders.Undo(ctx, time.Now(), a.allocator()); ok {
 		a.order(ctx, o)

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -18,7 +17,9 @@ import (
 	"time"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/scheduler"
 	"github.com/gondola-vmm/gondola/scheduler/db"
+	"github.com/gondola-vmm/gondola/scheduler/linux"
 	"github.com/gondola-vmm/gondola/scheduler/rules"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
@@ -48,6 +49,10 @@ func connectGuest(ctx context.Context, home *control.Home, name string) (*ruledG
 
 func (g *ruledGuest) Close() { g.c.Close() } // the machine goes on
 
+// maxFirstLooks bounds how often a guest is looked at until all of it has been seen
+// once.
+const maxFirstLooks = 16
+
 // Observe looks at the guest and at what the host gives it.
 func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Duration, int, error) {
 	m, err := g.c.Machine(ctx)
@@ -65,7 +70,7 @@ func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Dura
 	key := func(c *proto.Connection) string {
 		return c.Protocol + " " + c.Local + " " + c.Remote + " " + strconv.FormatUint(c.Inode, 10)
 	}
-	s, err := g.c.Snapshot(ctx, proto.SnapshotRequest{Token: g.token, Connections: true}, func(i proto.InfoItem) {
+	item := func(i proto.InfoItem) {
 		switch {
 		case i.Process != nil && len(procs) < proto.MaxList:
 			procs[i.Process.PID], changedProcs[i.Process.PID] = i.Process, true
@@ -77,21 +82,36 @@ func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Dura
 		case i.GonePID > 0:
 			delete(procs, i.GonePID)
 		}
-	})
-	if err != nil {
-		g.token, g.procs, g.conns = 0, nil, nil // half of it is there
-		return nil, 0, 0, err
 	}
-	if s.Full { // what is left of before has ended
-		for pid := range procs {
-			if !changedProcs[pid] {
-				delete(procs, pid)
+	var s proto.Snapshot
+	var cost time.Duration
+	for token, looks, first := g.token, 0, false; ; token = s.Token {
+		began := time.Now()
+		if s, err = g.c.Snapshot(ctx, proto.SnapshotRequest{Token: token, Connections: true}, item); err != nil {
+			g.token, g.procs, g.conns = 0, nil, nil // half of it is there
+			return nil, 0, 0, olderAgent(err)
+		}
+		cost += time.Duration(s.CPUUS) * time.Microsecond
+		if s.Full { // what is left of before has ended
+			first = true
+			for pid := range procs {
+				if !changedProcs[pid] {
+					delete(procs, pid)
+				}
+			}
+			for k := range conns {
+				if !changedConns[k] {
+					delete(conns, k)
+				}
 			}
 		}
-		for k := range conns {
-			if !changedConns[k] {
-				delete(conns, k)
-			}
+		// A guest of which only a part is known yet lacks nothing: it is looked at
+		// again, as long as there is time for that.
+		if looks++; !first || !s.Partial || looks >= maxFirstLooks {
+			break
+		}
+		if end, ok := ctx.Deadline(); ok && time.Until(end) < 2*time.Since(began) {
+			break
 		}
 	}
 	g.token, g.procs, g.conns = s.Token, procs, conns
@@ -112,12 +132,20 @@ func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Dura
 		})
 	}
 	g.measure(ctx, m, s, o)
-	return o, time.Duration(s.CPUUS) * time.Microsecond, len(changedProcs), nil
+	return o, cost, len(changedProcs), nil
+}
+
+// olderAgent says what to do about an agent that does not know what rules need.
+func olderAgent(err error) error {
+	if errors.Is(err, &proto.RemoteError{Code: proto.CodeUnknownOp}) {
+		return fmt.Errorf("the machine's agent is of an earlier gondola and can do no rules; start the machine anew with this one: %w", err)
+	}
+	return err
 }
 
 // measure fills in the machine and the host.
 func (g *ruledGuest) measure(ctx context.Context, m control.Info, s proto.Snapshot, o *rules.Observation) {
-	mt, ht := readMachineTimes(m.PID), readHostTimes()
+	mt, ht := readMachineTimes(&m), readHostTimes()
 	for _, d := range m.Devices {
 		bytes := d.Stats.Read.Bytes + d.Stats.Write.Bytes
 		ops := d.Stats.Read.Ops + d.Stats.Write.Ops
@@ -151,6 +179,7 @@ func (g *ruledGuest) measure(ctx context.Context, m control.Info, s proto.Snapsh
 		Memory: m.Memory, Target: m.Memory, Actual: m.Memory, MemoryUse: x.MemoryUse, DiskBytes: mt.diskBytes, DiskOps: mt.diskOps,
 		NetBytes: mt.netBytes, NetPackets: mt.netOps, HostCPUIdle: o.Host.CPUIdle * float64(o.Host.CPUs), HostAvailable: ht.available,
 	}
+	h.CPUWeight, h.CPUQuota = linux.Proc{}.CPUGroup(m.PID)
 	if u, err := g.c.Memory(ctx, control.BalloonRequest{}); err == nil { // else it has no balloon
 		h.Target, h.Actual = u.Target, u.Actual
 	}
@@ -162,29 +191,22 @@ func sub(a, b uint64) float64 { return float64(a - min(a, b)) }
 // machineTimes are counters of a machine, since its start.
 type machineTimes struct {
 	at               time.Time
-	run, wait        uint64 // ns, of all threads of its process
+	run, wait        uint64 // ns, of all vCPUs
 	diskBytes        uint64
 	diskOps          uint64
 	netBytes, netOps uint64
 	affinity         string
 }
 
-// readMachineTimes reads what the kernel counts of a machine's process: schedstat has
-// the time on a processor and the time in its queue.
-func readMachineTimes(pid int) machineTimes {
+// readMachineTimes reads what the kernel counts of a machine's vCPUs: the time on a
+// processor and the time in its queue.
+func readMachineTimes(m *control.Info) machineTimes {
 	t := machineTimes{at: time.Now()}
-	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid)) // the pattern is right
-	for _, f := range files {
-		b, err := os.ReadFile(f)
-		var run, wait uint64
-		if err != nil {
-			continue // the thread has ended
-		}
-		if _, err := fmt.Sscan(string(b), &run, &wait); err == nil {
-			t.run, t.wait = t.run+run, t.wait+wait
-		}
+	var s scheduler.Sample
+	if readTimes(m, &s) == nil { // else it has ended
+		t.run, t.wait = s.Run, s.Wait
 	}
-	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil {
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.PID)); err == nil {
 		for line := range strings.SplitSeq(string(b), "\n") {
 			if v, ok := strings.CutPrefix(line, "Cpus_allowed_list:"); ok {
 				t.affinity = strings.TrimSpace(v)
@@ -235,12 +257,15 @@ func (g *ruledGuest) Apply(ctx context.Context, changes []rules.Change, lease ti
 		n := min(len(changes)-len(results), proto.MaxChanges)
 		req := proto.SchedRequest{LeaseMS: uint64(lease.Milliseconds())}
 		for _, c := range changes[len(results) : len(results)+n] {
-			nice := c.To.Nice()
-			req.Changes = append(req.Changes, proto.SchedChange{PID: c.PID, StartMS: uint64(c.StartMS), Nice: &nice})
+			x := proto.SchedChange{PID: c.PID, StartMS: uint64(c.StartMS), Restore: c.Restore}
+			if nice := c.To.Nice(); !c.Restore {
+				x.Nice = &nice
+			}
+			req.Changes = append(req.Changes, x)
 		}
 		r, err := g.c.Sched(ctx, req)
 		if err != nil {
-			return results, err
+			return results, olderAgent(err)
 		}
 		for _, x := range r.Results {
 			if x.Code == 0 {
@@ -300,49 +325,93 @@ func (g *ruledGuest) record(c *rules.Cycle) *db.Cycle {
 	return r
 }
 
-// balloonAllocator gives machines memory through their balloons.
-type balloonAllocator struct {
+// machineAllocator gives machines more or less by work orders: memory through their
+// balloons, processor time by the priority of their vCPUs' threads and, where gondola sched
+// run gives machines control groups, by what it makes of their shares.
+type machineAllocator struct {
 	dial func(context.Context, string) (*control.Client, error)
+	// scheduler tells whether one runs.
+	scheduler func() bool
 }
 
-// balloonWait is how long a machine may take for what it is asked.
-const balloonWait = 10 * time.Second
-
-func (b balloonAllocator) memory(ctx context.Context, machine string, req control.BalloonRequest) (control.Memory, error) {
-	ctx, cancel := context.WithTimeout(ctx, balloonWait)
-	defer cancel()
-	c, err := b.dial(ctx, machine)
+// schedulerRuns tells whether gondola sched run does, for this user.
+func schedulerRuns() bool {
+	dir, err := schedDir()
 	if err != nil {
-		return control.Memory{}, err
+		return false
+	}
+	lock, err := lockSched(dir)
+	if err == nil {
+		lock.Close()
+	}
+	return errors.Is(err, errSchedRuns)
+}
+
+// allocationWait is how long a machine may take for what it is asked.
+const allocationWait = 10 * time.Second
+
+// with does something over a machine's control socket.
+func (a machineAllocator) with(ctx context.Context, machine string, f func(context.Context, *control.Client) error) error {
+	ctx, cancel := context.WithTimeout(ctx, allocationWait)
+	defer cancel()
+	c, err := a.dial(ctx, machine)
+	if err != nil {
+		return err
 	}
 	defer c.Close()
-	return c.Memory(ctx, req)
+	return f(ctx, c)
 }
 
 // Allocation is what a machine has.
-func (b balloonAllocator) Allocation(ctx context.Context, machine, resource string) (rules.Allocation, error) {
-	if resource != rules.Memory {
-		return rules.Allocation{}, fmt.Errorf("no scheduler takes orders for %s here", resource)
-	}
-	m, err := b.memory(ctx, machine, control.BalloonRequest{})
-	if err != nil {
-		return rules.Allocation{}, err
-	}
-	most := float64(m.Size)
-	if m.Policy.Max > 0 {
-		most = min(most, float64(m.Policy.Max))
-	}
-	least := min(float64(max(m.Policy.Min, m.Minimum)), most)
-	return rules.Allocation{Now: float64(m.Target), Min: least, Max: most, Usual: least}, nil
+func (a machineAllocator) Allocation(ctx context.Context, machine, resource string) (has rules.Allocation, err error) {
+	err = a.with(ctx, machine, func(ctx context.Context, c *control.Client) error {
+		if resource == rules.CPU {
+			info, err := c.Counters(ctx)
+			has = rules.Allocation{Now: control.UsualCPUPart, Min: control.MinCPUPart, Max: control.MaxCPUPart, Usual: control.UsualCPUPart}
+			if info.Orders != nil {
+				has.Now = float64(info.Orders.CPU)
+			}
+			return err
+		}
+		m, err := c.Memory(ctx, control.BalloonRequest{})
+		most := float64(m.Size)
+		if m.Policy.Max > 0 {
+			most = min(most, float64(m.Policy.Max))
+		}
+		least := min(float64(max(m.Policy.Min, m.Minimum)), most)
+		has = rules.Allocation{Now: float64(m.Target), Min: least, Max: most, Usual: least}
+		return err
+	})
+	return has, err
 }
 
-// Allocate sets the balloon's target.
-func (b balloonAllocator) Allocate(ctx context.Context, machine, resource string, value float64) error {
-	if resource != rules.Memory {
-		return fmt.Errorf("no scheduler takes orders for %s here", resource)
-	}
-	_, err := b.memory(ctx, machine, control.BalloonRequest{Target: uint64(value)})
-	return err
+// Allocate gives a machine another allocation.
+func (a machineAllocator) Allocate(ctx context.Context, machine, resource string, value float64) (still time.Duration, err error) {
+	err = a.with(ctx, machine, func(ctx context.Context, c *control.Client) error {
+		if resource != rules.CPU {
+			_, err := c.Order(ctx, control.OrderRequest{Memory: uint64(value)})
+			return err
+		}
+		before, err := c.Counters(ctx)
+		if err != nil {
+			return err
+		}
+		o, err := c.Order(ctx, control.OrderRequest{CPU: uint64(value)})
+		if err != nil {
+			return err
+		}
+		still = time.Duration(o.Paused)
+		if o.Unenforced == "" || a.scheduler() {
+			return nil
+		}
+		back := uint64(control.UsualCPUPart)
+		if before.Orders != nil {
+			back = before.Orders.CPU
+		}
+		_, err = c.Order(ctx, control.OrderRequest{CPU: back})
+		return errors.Join(fmt.Errorf("nobody gives it processor time: %s", o.Unenforced), err)
+	})
+	return still, err
 }
 
 // guests are those that are connected, for Record.

@@ -40,6 +40,7 @@ type runFlags struct {
 	copies                        []string
 	verbose, quiet                bool
 	noHostCmdline, selfDecompress bool
+	timerGrid                     time.Duration
 	acpi, rng, noPorts            bool
 	timeout                       time.Duration
 	debug                         []string
@@ -144,7 +145,7 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.StringArrayVar(&f.copies, "copy", nil, "copy HOST[:GUEST], a file or directory, into the guest (repeatable)")
 	fl.StringArrayVar(&f.disks, "disk", nil, "attach a disk, PATH[,OPTION…], see gondola disk (repeatable)")
 	fl.IntVar(&f.diskSlots, "disk-slots", 0, "empty disks behind them, for gondola disk attach")
-	fl.StringVar(&f.net, "net", "none", "network: user[,host] needs no privileges, private:NAME connects the machines that name it, tap:NAME is an interface of the host, or none; also ip=, gw=, dns= (but for user), mac=, mtu=, link=down and limits as for disks")
+	fl.StringVar(&f.net, "net", "none", "network: user[,host] needs no privileges, private:NAME connects the machines that name it, tap:NAME is an interface of the host, or none; also ip=, gw=, dns= (but for user), mac=, mtu=, link=down, queues= (tap only) and limits as for disks")
 	fl.StringArrayVarP(&f.ports, "publish", "p", nil, "make a port of the guest reachable on the host, [ADDRESS:]HOST:GUEST[/udp]; --net user if no other is given (repeatable)")
 	fl.StringVar(&f.vsock, "vsock", "", "virtio sockets, CID[,path=PATH]: programs on the host connect to the UNIX socket PATH (default: see gondola info) and say CONNECT port, those in the guest reach PATH_port")
 	f.register(c)
@@ -152,6 +153,7 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show the kernel's messages on standard error")
 	fl.BoolVarP(&f.quiet, "quiet", "q", false, "no progress on standard error")
 	fl.BoolVar(&f.noHostCmdline, "no-host-cmdline", false, "leave out what a PVM host adds to the command line")
+	fl.DurationVar(&f.timerGrid, "timer-grid", 0, fmt.Sprintf("on a PVM host, let the guest's timers expire on multiples of it, up to %v: more processor for programs, longer sleeps", vmm.MaxTimerGrid))
 	fl.BoolVar(&f.selfDecompress, "self-decompress", false, "let a bzImage unpack itself (slow)")
 	fl.BoolVar(&f.acpi, "acpi", false, "announce virtio devices by ACPI, not on the command line (for --kernel)")
 	fl.BoolVar(&f.rng, "rng", false, "attach a virtio entropy device")
@@ -183,7 +185,7 @@ shows them, --no-host-cmdline leaves them out.`,
 func (f *runFlags) config(args []string) (guest.Config, error) {
 	cfg := guest.Config{
 		Name: f.name, VCPUs: f.cpus, Memory: uint64(f.memory), Kernel: f.kernel, Initrd: f.initrd, Cmdline: f.cmdline,
-		NoHostCmdline: f.noHostCmdline, SelfDecompress: f.selfDecompress, ACPI: f.acpi, RNG: f.rng,
+		NoHostCmdline: f.noHostCmdline, TimerGrid: f.timerGrid, SelfDecompress: f.selfDecompress, ACPI: f.acpi, RNG: f.rng,
 		Command: args, Output: os.Stdout, Agent: agentbin.Bytes, NoBalloon: f.noBalloon,
 	}
 	var err error
@@ -386,11 +388,9 @@ func (f *runFlags) start(ctx context.Context, cfg *guest.Config, from *origin, p
 	if !f.noPorts {
 		m.requests = serveRequests(cfg, m.pub.stateKeeper(), p.policy)
 	}
+	settle(cfg.Net, cfg.Name, from)
 	if err := from.inherit(ctx, cfg, pr); err != nil {
 		return nil, err
-	}
-	if cfg.Net != nil && cfg.Net.Private != "" {
-		privateNet(cfg.Net, cfg.Name)
 	}
 	if v := cfg.Vsock; v != nil && v.Path == "" {
 		if v.Path = m.pub.vsockPath(cfg.Name); v.Path == "" {
@@ -577,8 +577,12 @@ func (f *runFlags) report(g *guest.Guest) {
 			fmt.Fprintf(w, "host's part of the command line: %s\n", orNone(g.VM().Cmdline()))
 		case "times":
 			t := g.Times()
-			fmt.Fprintf(w, "files %v, machine %v, boot to agent %v\n",
-				t.Files.Round(time.Millisecond), t.Load.Round(time.Millisecond), t.Boot.Round(time.Millisecond))
+			boot := "-" // from a state, or without an agent
+			if t.Boot != 0 {
+				boot = t.Boot.Round(time.Millisecond).String()
+			}
+			fmt.Fprintf(w, "files %v, machine %v, boot to agent %s\n",
+				t.Files.Round(time.Millisecond), t.Load.Round(time.Millisecond), boot)
 			if f.looked != "" {
 				fmt.Fprintln(w, f.looked)
 			}

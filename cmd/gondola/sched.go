@@ -40,19 +40,21 @@ time, disk and network rates from those that have more than they need to those t
 wait for more; measure afterwards what it brought, and undo it if it was no use.
 
 gondola sched run does it, until Ctrl-C; the others show what it did and why. It
-keeps its files in $XDG_STATE_HOME/gondola/sched (or ~/.local/state).`,
+keeps its decisions and what machines need in the database (docs/database.md), and
+what it has to put back in $XDG_STATE_HOME/gondola/sched (or ~/.local/state).`,
 		Args: noArgs,
 	}
-	c.AddCommand(schedRunCommand(), schedStatusCommand(), schedExplainCommand(), schedHistoryCommand(), schedResetCommand(), schedKeepCommand())
+	var path string
+	databaseFlag(c, &path)
+	c.AddCommand(schedRunCommand(&path), schedStatusCommand(&path), schedExplainCommand(&path), schedHistoryCommand(&path), schedNeedsCommand(&path), schedResetCommand(), schedKeepCommand())
 	return c
 }
 
 // Files of the scheduler.
 const (
-	decisionsFile = "decisions.jsonl"
-	statusFile    = "status.json"
-	journalFile   = "journal.json"
-	schedLock     = "lock"
+	statusFile  = "status.json"
+	journalFile = "journal.json"
+	schedLock   = "lock"
 )
 
 // schedDir is the directory of the scheduler's files; it is made.
@@ -101,6 +103,7 @@ type schedRunFlags struct {
 	group             string
 	record            string
 	set               []string
+	database          *string
 	bounds            map[string]bounds
 }
 
@@ -111,8 +114,8 @@ type bounds struct {
 	critical bool
 }
 
-func schedRunCommand() *cobra.Command {
-	f := schedRunFlags{}
+func schedRunCommand(path *string) *cobra.Command {
+	f := schedRunFlags{database: path}
 	c := &cobra.Command{
 		Use:   "run",
 		Short: "Watch and reallocate until Ctrl-C",
@@ -232,8 +235,13 @@ type schedStatus struct {
 	Time     time.Time         `json:"time"`
 	Capacity scheduler.Amounts `json:"capacity"`
 	Notes    []string          `json:"notes"`
-	Cost     float64           `json:"cost"` // part of a processor that it used itself
+	Cost     float64           `json:"cost"`   // part of a processor that it used itself
+	CPU      time.Duration     `json:"cpu_ns"` // processor time that it has used
 	Machines []schedMachine    `json:"machines"`
+	// How many decisions there were of each kind since it was started, and what
+	// became of those that were measured.
+	Decisions map[scheduler.Kind]uint64 `json:"decisions"`
+	Outcomes  map[string]uint64         `json:"outcomes"`
 }
 
 // schedMachine is a machine in it.
@@ -258,7 +266,9 @@ type schedRunner struct {
 	act       *linux.Actuator
 	journal   *linux.Journal
 	placer    *scheduler.Placer
-	rec       scheduler.Recorder
+	rec       *schedLog
+	counts    map[scheduler.Kind]uint64
+	outcomes  map[string]uint64
 	trace     *sim.Recorder
 	ctl       *schedControls
 	capacity  scheduler.Amounts
@@ -299,7 +309,7 @@ func (f *schedRunFlags) run(ctx context.Context, out io.Writer) (err error) {
 	r := &schedRunner{
 		f: f, dir: dir, run: time.Now().UnixNano(), capacity: capacity, ctl: newSchedControls(home),
 		infos: map[string]control.Info{}, limited: map[string]scheduler.Amounts{}, complains: map[string]bool{},
-		sched: scheduler.New(scheduler.Config{Capacity: capacity, Budget: f.interval / 4}),
+		counts: map[scheduler.Kind]uint64{}, outcomes: map[string]uint64{},
 	}
 	defer r.ctl.close()
 	r.collect.Serial = f.serial
@@ -324,10 +334,15 @@ func (f *schedRunFlags) run(ctx context.Context, out io.Writer) (err error) {
 			fmt.Fprintf(os.Stderr, "gondola: %d machines put back to what they were before a scheduler that was killed\n", len(left))
 		}
 	}
-	if r.rec, err = scheduler.OpenLog(filepath.Join(dir, decisionsFile), 0); err != nil {
+	if r.rec, err = openSchedLog(ctx, *f.database, f.interval); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.rec.Close()) }()
+	needs, err := r.rec.loadNeeds(ctx)
+	if err != nil {
+		return err
+	}
+	r.sched = scheduler.New(scheduler.Config{Capacity: capacity, Budget: f.interval / 4, Needs: needs})
 	if f.record != "" {
 		if r.trace, err = sim.OpenRecorder(f.record, capacity); err != nil {
 			return fmt.Errorf("--record: %w", err)
@@ -395,9 +410,7 @@ func (r *schedRunner) step(ctx context.Context, now time.Time) (scheduler.Plan, 
 			return p, fmt.Errorf("--record: %w", err)
 		}
 	}
-	if err := r.rec.Record(r.run, p); err != nil {
-		return p, err
-	}
+	r.record(ctx, now, p)
 	places := map[string][]int{}
 	if r.placer != nil {
 		var views []*scheduler.View
@@ -417,12 +430,43 @@ func (r *schedRunner) step(ctx context.Context, now time.Time) (scheduler.Plan, 
 		}
 	}
 	for name, err := range failed {
-		if s := name + ": " + err.Error(); !r.complains[s] && ctx.Err() == nil {
-			r.complains[s] = true
-			fmt.Fprintf(os.Stderr, "gondola: %s\n", printable(s))
-		}
+		r.complain(ctx, name+": "+err.Error())
 	}
 	return p, r.status(now, p, places, failed)
+}
+
+// complain says something once.
+func (r *schedRunner) complain(ctx context.Context, s string) {
+	if !r.complains[s] && ctx.Err() == nil {
+		r.complains[s] = true
+		fmt.Fprintf(os.Stderr, "gondola: %s\n", printable(s))
+	}
+}
+
+// record keeps what was decided. Machines are looked after without a record, too.
+func (r *schedRunner) record(ctx context.Context, now time.Time, p scheduler.Plan) {
+	for i := range p.Decisions {
+		r.counts[p.Decisions[i].Kind]++
+	}
+	for i := range p.Measured {
+		if p.Measured[i].Kept {
+			r.outcomes[outcomeKept]++
+		} else {
+			r.outcomes[outcomeUndone]++
+		}
+	}
+	if err := r.rec.Record(r.run, p); err != nil {
+		r.complain(ctx, err.Error())
+	}
+	var views []scheduler.View
+	for _, a := range p.Allocations {
+		if v, ok := r.sched.View(a.Machine); ok {
+			views = append(views, v)
+		}
+	}
+	if err := r.rec.Keep(ctx, now, views); err != nil {
+		r.complain(ctx, err.Error())
+	}
 }
 
 // forget drops from the journal the machines that have gone.
@@ -445,7 +489,7 @@ func (r *schedRunner) spec(name string) scheduler.Spec {
 	info := r.info(name)
 	b := r.f.bounds[name]
 	return scheduler.Spec{
-		Name: name, Shares: info.Policy.Shares, VCPUs: info.VCPUs, Prio: b.prio, Min: b.min, Max: b.max, Always: b.critical || info.Policy.TimeCritical,
+		Name: name, Shares: info.CPUShares(), VCPUs: info.VCPUs, Prio: b.prio, Min: b.min, Max: b.max, Always: b.critical || info.Policy.TimeCritical,
 	}
 }
 
@@ -534,7 +578,7 @@ func deviceLimits(info control.Info) map[string]uint64 {
 
 // status replaces the status file.
 func (r *schedRunner) status(now time.Time, p scheduler.Plan, places map[string][]int, failed map[string]error) error {
-	s := schedStatus{Run: r.run, PID: os.Getpid(), Time: now, Capacity: r.capacity, Notes: r.notes, Machines: []schedMachine{}}
+	s := schedStatus{Run: r.run, PID: os.Getpid(), Time: now, Capacity: r.capacity, Notes: r.notes, Machines: []schedMachine{}, Decisions: r.counts, Outcomes: r.outcomes}
 	var ru unix.Rusage
 	if unix.Getrusage(unix.RUSAGE_SELF, &ru) == nil {
 		cpu := time.Duration(ru.Utime.Nano() + ru.Stime.Nano())
@@ -542,6 +586,7 @@ func (r *schedRunner) status(now time.Time, p scheduler.Plan, places map[string]
 			s.Cost = float64(cpu-r.cpu) / float64(now.Sub(r.at))
 		}
 		r.cpu, r.at = cpu, now
+		s.CPU = cpu
 	}
 	for _, a := range p.Allocations {
 		v, _ := r.sched.View(a.Machine)
@@ -684,6 +729,10 @@ func startKeeper() (io.Closer, error) {
 	return w, nil
 }
 
+// keeperPatience is how long the keeper waits for a lock that a scheduler holds which is
+// being killed; another one that has begun meanwhile puts machines back itself.
+const keeperPatience = 10 * time.Second
+
 func schedKeepCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "keep", Short: "Put machines back when standard input ends", Hidden: true, Args: noArgs,
@@ -699,11 +748,18 @@ func schedKeepCommand() *cobra.Command {
 			if _, err := os.Stat(filepath.Join(dir, journalFile)); errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
-			err = resetSched(io.Discard)
-			if errors.Is(err, errSchedRuns) {
-				return nil // the next one does it
+			// The kernel closes a killed process's files one after the other: the
+			// pipe may have ended while the lock is still held.
+			for end := time.Now().Add(keeperPatience); ; {
+				err = resetSched(io.Discard)
+				if !errors.Is(err, errSchedRuns) {
+					return err
+				}
+				if time.Now().After(end) {
+					return nil // the next one has done it
+				}
+				time.Sleep(50 * time.Millisecond)
 			}
-			return err
 		},
 	}
 }
@@ -746,47 +802,64 @@ func resetSched(out io.Writer) error {
 	return err
 }
 
-func schedStatusCommand() *cobra.Command {
+// readStatus reads what the scheduler wrote after its last step, and tells whether it
+// runs still. The error matches fs.ErrNotExist if none has run.
+func readStatus() (s schedStatus, running bool, err error) {
+	dir, err := schedDir()
+	if err != nil {
+		return s, false, err
+	}
+	path := filepath.Join(dir, statusFile)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return s, false, err
+	}
+	if err := json.Unmarshal(b, &s); err != nil {
+		return s, false, fmt.Errorf("%s: %w", path, err)
+	}
+	lock, err := lockSched(dir)
+	if err == nil {
+		lock.Close()
+	}
+	return s, errors.Is(err, errSchedRuns), nil
+}
+
+// statusDecisions is how many decisions gondola sched status shows.
+const statusDecisions = 3
+
+func schedStatusCommand(path *string) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "Show what every machine does, is judged to be, and has",
 		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			dir, err := schedDir()
-			if err != nil {
-				return err
-			}
-			b, err := os.ReadFile(filepath.Join(dir, statusFile))
+			s, running, err := readStatus()
 			if errors.Is(err, fs.ErrNotExist) {
 				return errors.New("no scheduler has run: gondola sched run")
 			}
 			if err != nil {
 				return err
 			}
-			var s schedStatus
-			if err := json.Unmarshal(b, &s); err != nil {
-				return fmt.Errorf("%s: %w", filepath.Join(dir, statusFile), err)
+			last, err := readHistory(cmd.Context(), *path, "", statusDecisions)
+			if err != nil {
+				return err
 			}
-			lock, lerr := lockSched(dir)
-			if lerr == nil {
-				lock.Close()
-			}
-			running := errors.Is(lerr, errSchedRuns)
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), struct {
 					Running bool `json:"running"`
 					schedStatus
-				}{running, s})
+					Last []scheduler.Explained `json:"last_decisions"`
+				}{running, s, last})
 			}
-			return s.print(cmd.OutOrStdout(), running)
+			return s.print(cmd.OutOrStdout(), running, last)
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "machine-readable")
 	return c
 }
 
-func (s schedStatus) print(w io.Writer, running bool) error {
+func (s schedStatus) print(w io.Writer, running bool, last []scheduler.Explained) error {
 	state := fmt.Sprintf("no scheduler is running; the last step was %s ago", shortDuration(time.Since(s.Time)))
 	if running {
 		state = fmt.Sprintf("the scheduler is process %d, and uses %.1f %% of a processor", s.PID, 100*s.Cost)
@@ -810,10 +883,14 @@ func (s schedStatus) print(w io.Writer, running bool) error {
 			fmt.Fprintf(tw, "\t%s\n", printable(m.Error))
 		}
 	}
-	return tw.Flush()
+	if err := tw.Flush(); err != nil || len(last) == 0 {
+		return err
+	}
+	fmt.Fprintln(w, "\nLAST DECISIONS")
+	return printDecisions(w, last, false)
 }
 
-func schedExplainCommand() *cobra.Command {
+func schedExplainCommand(path *string) *cobra.Command {
 	var asJSON bool
 	var n int
 	c := &cobra.Command{
@@ -825,7 +902,7 @@ func schedExplainCommand() *cobra.Command {
 			if err := control.CheckName(args[0]); err != nil {
 				return usageError{err}
 			}
-			return showHistory(cmd.OutOrStdout(), args[0], n, asJSON, true)
+			return showHistory(cmd, *path, args[0], n, asJSON, true)
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "machine-readable")
@@ -833,7 +910,7 @@ func schedExplainCommand() *cobra.Command {
 	return c
 }
 
-func schedHistoryCommand() *cobra.Command {
+func schedHistoryCommand(path *string) *cobra.Command {
 	var asJSON bool
 	var n int
 	c := &cobra.Command{
@@ -841,7 +918,7 @@ func schedHistoryCommand() *cobra.Command {
 		Short: "List what was decided",
 		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return showHistory(cmd.OutOrStdout(), "", n, asJSON, false)
+			return showHistory(cmd, *path, "", n, asJSON, false)
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "machine-readable")
@@ -849,28 +926,38 @@ func schedHistoryCommand() *cobra.Command {
 	return c
 }
 
-func showHistory(w io.Writer, machine string, n int, asJSON, long bool) error {
+// readHistory reads the scheduler's latest decisions; none without a database.
+func readHistory(ctx context.Context, path, machine string, n int) ([]scheduler.Explained, error) {
+	d, err := readSchedDB(ctx, path)
+	if err != nil || d == nil {
+		return []scheduler.Explained{}, err
+	}
+	defer d.Close()
+	return schedHistory(ctx, d, machine, n)
+}
+
+func showHistory(cmd *cobra.Command, path, machine string, n int, asJSON, long bool) error {
 	if n < 0 {
 		return usageError{fmt.Errorf("--last %d: want 0 or more", n)}
 	}
-	dir, err := schedDir()
+	list, err := readHistory(cmd.Context(), path, machine, n)
 	if err != nil {
 		return err
 	}
-	list, err := scheduler.ReadHistory(filepath.Join(dir, decisionsFile), machine, n)
-	if err != nil {
-		return err
-	}
+	w := cmd.OutOrStdout()
 	if asJSON {
-		if list == nil {
-			list = []scheduler.Explained{}
-		}
 		return printJSON(w, list)
 	}
 	if len(list) == 0 {
 		_, err := fmt.Fprintln(w, "nothing was decided")
 		return err
 	}
+	return printDecisions(w, list, long)
+}
+
+// printDecisions prints decisions for people; long: with what they were made from and
+// what became of them.
+func printDecisions(w io.Writer, list []scheduler.Explained, long bool) error {
 	for _, e := range list {
 		if _, err := fmt.Fprintf(w, "%s %s\n", e.Time.Local().Format(time.DateTime), decisionText(e.Decision)); err != nil {
 			return err

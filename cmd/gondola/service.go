@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/gondola-vmm/gondola/scheduler/rules"
+	"github.com/gondola-vmm/gondola/vmm/control"
 )
 
 func serviceCommand() *cobra.Command {
@@ -52,7 +53,12 @@ Exit codes: 0 all healthy; 1 some degraded or failed.`,
 			if err != nil {
 				return err
 			}
-			last, err := lookAtAll(cmd.Context())
+			home, err := openHome()
+			if err != nil {
+				return err
+			}
+			defer home.Close()
+			last, err := lookAtAll(cmd.Context(), home)
 			if err != nil {
 				return err
 			}
@@ -76,12 +82,7 @@ Exit codes: 0 all healthy; 1 some degraded or failed.`,
 }
 
 // lookAtAll looks at all machines at once; one that does not answer is nil.
-func lookAtAll(ctx context.Context) (map[string]*rules.Observation, error) {
-	home, err := openHome()
-	if err != nil {
-		return nil, err
-	}
-	defer home.Close()
+func lookAtAll(ctx context.Context, home *control.Home) (map[string]*rules.Observation, error) {
 	list, err := home.List()
 	if err != nil {
 		return nil, err

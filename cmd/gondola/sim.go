@@ -26,6 +26,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/scheduler"
 	"github.com/gondola-vmm/gondola/scheduler/gate"
+	"github.com/gondola-vmm/gondola/scheduler/rules"
 	"github.com/gondola-vmm/gondola/scheduler/sim"
 )
 
@@ -37,6 +38,7 @@ type simFlags struct {
 	cpus      int
 	net, disk rate
 	seconds   float64
+	orders    time.Duration
 	asJSON    bool
 	out       string
 	quiet     bool
@@ -87,6 +89,7 @@ activity (with the scheduler of gondola sched run beside it).
 	fl.Var(&f.net, "net-capacity", "bytes a second that a host's network carries")
 	fl.Var(&f.disk, "disk-capacity", "bytes a second that a host's disk carries")
 	fl.Float64Var(&f.seconds, "seconds", 0, "simulate so much of the trace only")
+	fl.DurationVar(&f.orders, "orders", 0, "make work orders for processor time, as gondola rules apply does, in cycles of this length (default none)")
 	fl.BoolVar(&f.asJSON, "json", false, "machine-readable")
 	fl.StringVarP(&f.out, "output", "o", "", "draw use, waits and fairness by policy: .svg, .png or .pdf")
 	fl.BoolVarP(&f.quiet, "quiet", "q", false, "no progress on standard error")
@@ -102,6 +105,9 @@ func (f *simFlags) run(cmd *cobra.Command, args []string) error {
 	}
 	if f.hosts < 1 || f.hosts > 100_000 || f.cpus < 1 || f.cpus > 4096 {
 		return usageError{fmt.Errorf("%d hosts of %d processors: want 1 to 100000 hosts of 1 to 4096", f.hosts, f.cpus)}
+	}
+	if f.orders != 0 && (f.orders < rules.MinCycle || f.orders > rules.MaxCycle) {
+		return usageError{fmt.Errorf("--orders %v: want %v to %v", f.orders, rules.MinCycle, rules.MaxCycle)}
 	}
 	for _, p := range f.policies {
 		if _, err := gate.NewPolicy(p); err != nil {
@@ -126,7 +132,7 @@ func (f *simFlags) run(cmd *cobra.Command, args []string) error {
 	defer p.done()
 	var results []*sim.Result
 	for _, name := range f.policies {
-		r, err := sim.Run(ctx, tr, sim.Config{Policy: name, Hosts: f.hosts, Host: host, Progress: func(part float64) {
+		r, err := sim.Run(ctx, tr, sim.Config{Policy: name, Hosts: f.hosts, Host: host, Orders: f.orders, Progress: func(part float64) {
 			s := fmt.Sprintf("simulating %s: %.0f %%", name, 100*part)
 			p.update("simulating "+name, s)
 		}})
@@ -177,6 +183,12 @@ func printResults(w io.Writer, rs []*sim.Result) error {
 	fmt.Fprintln(tw, "POLICY\tUSED\tWAITS\tFAIR\tEQUALS\tEVENTS\tMOVES\tUNDONE")
 	for _, r := range rs {
 		fmt.Fprintf(tw, "%s\t%.1f %%\t%.1f %%\t%.3f\t%.3f\t%d\t%d\t%d\n", r.Policy, 100*r.Utilisation, 100*r.Waits, r.Fairness, r.Equals, r.Events, r.Moves, r.Undone)
+	}
+	if slices.ContainsFunc(rs, func(r *sim.Result) bool { return r.Orders > 0 }) {
+		fmt.Fprintln(tw, "\nWORK ORDERS\tMADE\tKEPT\tROLLED BACK\tCHANGES IN THE LAST THIRD")
+		for _, r := range rs {
+			fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\n", r.Policy, r.Orders, r.OrdersKept, r.OrdersRolledBack, r.OrdersLate)
+		}
 	}
 	fmt.Fprintln(tw, "\nKIND\tPOLICY\tWAKE-UPS\tP50\tP99\tP99.9\tWORST\tCPU\tNET/S\tDISK/S")
 	for _, k := range slices.Sorted(maps.Keys(first.Latency)) {

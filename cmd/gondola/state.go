@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/snapshot"
 	"github.com/gondola-vmm/gondola/snapshot/layers"
 	"github.com/gondola-vmm/gondola/snapshot/ports"
@@ -43,7 +44,7 @@ $XDG_DATA_HOME/gondola/states/MACHINE or ~/.local/share/gondola/states/MACHINE.`
   gondola state tree dev`,
 	}
 	c.AddCommand(stateSaveCommand(), stateRestoreCommand(), stateListCommand(), stateTreeCommand(), stateShowCommand(),
-		stateRemoveCommand(), stateDescribeCommand(), stateVerifyCommand(), stateExportCommand(), stateImportCommand())
+		stateRemoveCommand(), statePruneCommand(), stateDescribeCommand(), stateVerifyCommand(), stateExportCommand(), stateImportCommand())
 	return c
 }
 
@@ -107,6 +108,7 @@ func checkState(name string) error {
 func change(cmd *cobra.Command, op, doing, machine string, args ports.SaveRequest, asJSON, quiet bool) error {
 	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	defer context.AfterFunc(ctx, stop)() // the second Ctrl-C does not wait
 	c, err := dial(ctx, machine)
 	if err != nil {
 		return err
@@ -115,10 +117,21 @@ func change(cmd *cobra.Command, op, doing, machine string, args ports.SaveReques
 	p := newProgress(quiet || asJSON)
 	p.update(doing, fmt.Sprintf("%s %s", doing, args.Name))
 	var r snapshot.StateResult
-	err = c.Conn().Do(ctx, op, args, &r)
+	err = c.DoProgress(ctx, op, args, &r, func(at control.Progress) {
+		text := "the last of it"
+		if at.Done < at.Total {
+			text = fmt.Sprintf("%d %% of %s", at.Done*100/at.Total, sizeText(at.Total))
+		}
+		p.update(doing, fmt.Sprintf("%s %s: %s", doing, args.Name, text))
+	})
 	p.done()
 	if err != nil {
 		if ctx.Err() != nil && cmd.Context().Err() == nil {
+			if errors.Is(err, &proto.RemoteError{Code: proto.CodeCancelled}) {
+				fmt.Fprintf(cmd.ErrOrStderr(), "gondola: %s %s: given up; nothing has changed\n", doing, args.Name)
+			} else {
+				fmt.Fprintf(cmd.ErrOrStderr(), "gondola: %s %s: given up: %v\n", doing, args.Name, err)
+			}
 			return exitCode(128 + int(syscall.SIGINT))
 		}
 		return fmt.Errorf("machine %s: %w", machine, err)
@@ -407,25 +420,100 @@ func stateShowCommand() *cobra.Command {
 }
 
 func stateRemoveCommand() *cobra.Command {
+	var quiet, keep bool
 	c := &cobra.Command{
-		Use:               "rm MACHINE STATE…",
-		Short:             "Delete states; their children stay",
+		Use:   "rm [flags] MACHINE STATE…",
+		Short: "Delete states; their children stay",
+		Long: `Delete states. Their children stay: of what a child is a change to, it gets what it
+needs, and the rest is removed from the disk, if that is worth the copying (a quarter of
+what is copied at least; gondola state prune frees the rest). What several children need
+stays for them. Disk space of the state that a running machine is a change to comes free
+when the machine is saved or restored the next time.
+
+A state that cannot be read is deleted by the name that list has for it, ?ID.`,
+		Example:           "  gondola state rm dev monday tuesday",
 		Args:              machineAndStates,
 		ValidArgsFunction: completeState,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
 			return withStates(args[0], func(s *store.Store) error {
 				var errs []error
+				deleted := false
 				for _, name := range args[1:] {
-					err := s.Delete(cmd.Context(), name)
+					err := removeState(ctx, s, name)
 					if err == nil {
+						deleted = true
 						_, err = fmt.Fprintln(cmd.OutOrStdout(), name)
 					}
 					errs = append(errs, err)
 				}
-				return errors.Join(append(errs, layers.Collect(cmd.Context(), s))...)
+				errs = append(errs, layers.Collect(ctx, s))
+				if deleted && !keep {
+					_, err := reclaim(ctx, s, store.WorthMuch, quiet)
+					errs = append(errs, err)
+				}
+				return errors.Join(errs...)
 			})
 		},
 	}
+	c.Flags().BoolVar(&keep, "no-copy", false, "copy nothing to free space")
+	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress on standard error")
+	return c
+}
+
+// removeState deletes a state, or one that cannot be read, which has no name but ?ID.
+func removeState(ctx context.Context, s *store.Store, name string) error {
+	err := s.Delete(ctx, name)
+	text, ok := strings.CutPrefix(name, "?")
+	var id store.ID
+	if ok && errors.Is(err, store.ErrNotFound) && id.UnmarshalText([]byte(text)) == nil {
+		return s.Remove(ctx, id)
+	}
+	return err
+}
+
+// reclaim frees what deleted states keep, with progress, and returns how many bytes
+// that were. Interrupted, it leaves everything as it was.
+func reclaim(ctx context.Context, s *store.Store, worth store.Worth, quiet bool) (int64, error) {
+	p := newProgress(quiet)
+	defer p.done()
+	return s.Reclaim(ctx, worth, func(name string, done, total int64) {
+		p.update("freeing "+name, fmt.Sprintf("freeing what deleted states keep for %s: %s of %s copied", name, sizeText(done), sizeText(total)))
+	})
+}
+
+func statePruneCommand() *cobra.Command {
+	var quiet bool
+	c := &cobra.Command{
+		Use:   "prune [flags] MACHINE",
+		Short: "Free all disk space that deleted states keep needlessly",
+		Long: `Free the disk space that deleted states keep for one other state alone, which gets what
+it needs of them, however little that frees. No state is deleted. Ctrl-C leaves everything
+as it was.`,
+		Example:           "  gondola state prune dev",
+		Args:              oneMachine,
+		ValidArgsFunction: completeMachine,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			return withStates(args[0], func(s *store.Store) error {
+				freed, err := reclaim(ctx, s, store.WorthAny, quiet)
+				if err := errors.Join(err, layers.Collect(ctx, s)); err != nil {
+					return err
+				}
+				if quiet {
+					return nil
+				}
+				states, left, err := s.Usage(ctx)
+				if err == nil {
+					_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s free; %s on disk, of %d states, deleted ones that others need included\n", sizeText(max(freed, 0)), sizeText(left), states)
+				}
+				return err
+			})
+		},
+	}
+	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "say nothing")
 	return c
 }
 

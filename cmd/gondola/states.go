@@ -22,7 +22,7 @@ import (
 
 // Operations of a machine's control socket on its states.
 const (
-	opStateSave    = "state.save"    // ports.SaveRequest → snapshot.StateResult
+	opStateSave    = "state.save"    // ports.SaveRequest → snapshot.StateResult, with control.Progress in bytes
 	opStateRestore = "state.restore" // ports.Name → snapshot.StateResult
 	opStateCurrent = "state.current" // no arguments → currentResult
 )
@@ -203,12 +203,15 @@ func (s *states) Close() error {
 // ops are the operations for the control socket.
 func (s *states) ops() map[string]func(*proto.Call) {
 	return map[string]func(*proto.Call){
-		opStateSave: control.Handle(func(ctx context.Context, a *ports.SaveRequest) (any, error) {
+		opStateSave: control.HandleProgress(func(ctx context.Context, a *ports.SaveRequest, report func(control.Progress)) (any, error) {
 			m, err := s.get(ctx)
 			if err != nil {
 				return nil, err
 			}
-			i, t, err := m.Save(ctx, snapshot.SaveOptions{Name: a.Name, Description: a.Description, Tags: a.Tags, Still: a.Still})
+			i, t, err := m.Save(ctx, snapshot.SaveOptions{
+				Name: a.Name, Description: a.Description, Tags: a.Tags, Still: a.Still,
+				Progress: func(done, total uint64) { report(control.Progress{Done: done, Total: total}) },
+			})
 			return snapshot.Result(i, t), err
 		}),
 		opStateRestore: control.Handle(func(ctx context.Context, a *ports.Name) (any, error) {

@@ -16,19 +16,42 @@ import (
 func stopCommand() *cobra.Command {
 	var req control.StopRequest
 	var timeout time.Duration
+	var all bool
 	c := &cobra.Command{
-		Use:   "stop [flags] NAME…",
+		Use:   "stop [flags] NAME… | --all",
 		Short: "End machines: ask the guest, then insist",
 		Long: `Ask the guest to power off; if it has not after --timeout, the machine is
 stopped. With --kill it is not asked, and a process that does not answer is
 killed. Prints the names of the machines that have ended.`,
-		Args:              someMachines,
+		Args: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case !all:
+				return someMachines(cmd, args)
+			case len(args) > 0:
+				return usageError{errors.New("--all stops every machine: leave the names out")}
+			}
+			return nil
+		},
 		ValidArgsFunction: completeMachines,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if timeout <= 0 || timeout > time.Hour {
 				return usageError{fmt.Errorf("--timeout %v: want more than 0 and at most 1h", timeout)}
 			}
 			req.TimeoutMS = max(timeout.Milliseconds(), 1)
+			if all {
+				home, err := openHome()
+				if err != nil {
+					return err
+				}
+				defer home.Close()
+				list, err := home.List()
+				if err != nil {
+					return err
+				}
+				for _, e := range list {
+					args = append(args, e.Name)
+				}
+			}
 			return eachMachine(args, func(name string) error {
 				reply, err := stop(cmd.Context(), name, req)
 				if err != nil {
@@ -43,6 +66,7 @@ killed. Prints the names of the machines that have ended.`,
 		},
 	}
 	c.Flags().DurationVar(&timeout, "timeout", 10*time.Second, "how long the guest may take, at most 1h")
+	c.Flags().BoolVar(&all, "all", false, "all machines that run, of this user")
 	c.Flags().BoolVar(&req.Kill, "kill", false, "stop the machine without asking the guest")
 	return c
 }

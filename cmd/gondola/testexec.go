@@ -263,11 +263,19 @@ func mountedOver(p string) bool {
 	})
 }
 
+// machine is the configuration of a machine of its own for a test: that of gondola run.
+func (f *testExecFlags) machine(t testRun) (guest.Config, error) {
+	var rf runFlags
+	newRunCommand(&rf) // the defaults
+	rf.name, rf.memory, rf.cpus, rf.kernel = machineName(t.binary), f.memory, f.cpus, f.kernel
+	rf.cmdline, rf.userland, rf.verbose = f.cmdline, f.userland, f.verbose
+	return rf.config(nil)
+}
+
 // inFresh runs a test in a machine of its own. Files travel in the initramfs where
 // they can: that is faster than through the agent.
 func (f *testExecFlags) inFresh(ctx context.Context, t testRun, copies []initramfs.File, sigs *signals, interrupt context.CancelCauseFunc) error {
-	rf := runFlags{name: machineName(t.binary), memory: f.memory, cpus: f.cpus, kernel: f.kernel, cmdline: f.cmdline, console: "none", userland: f.userland, verbose: f.verbose}
-	cfg, err := rf.config(nil)
+	cfg, err := f.machine(t)
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/guestagent/initramfs"
 	"github.com/gondola-vmm/gondola/vmm/control"
+	"github.com/gondola-vmm/gondola/vmm/vmmtest/needkvm"
 )
 
 func TestParseTest(t *testing.T) {
@@ -139,4 +140,18 @@ func TestTestExec(t *testing.T) {
 	left, err := filepath.Glob("/tmp/gondola-test-*/sample.test")
 	require.NoError(t, err)
 	assert.Empty(t, left)
+}
+
+// A test of this program in a machine of its own.
+func TestTestExecFresh(t *testing.T) {
+	needkvm.Test(t)
+	testHome(t)
+	r := gondola(t, "test-exec", os.Args[0], "-test.v", "-test.run", "^TestTestExecSmallThings$")
+	if checkStatic(os.Args[0]) != nil { // built with cgo, by a plain go test
+		assert.Equal(t, exitFailed, r.code)
+		assert.Contains(t, r.stderr, "build it with CGO_ENABLED=0")
+		return
+	}
+	require.Zero(t, r.code, r.stderr)
+	assert.Contains(t, r.stdout, "--- PASS: TestTestExecSmallThings")
 }

@@ -4,14 +4,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -142,7 +140,7 @@ func (l *looker) look(ctx context.Context) (top.Snapshot, error) {
 	}
 	now := time.Now()
 	s := top.Snapshot{Time: now, Machines: []top.Row{}}
-	sched := l.sched.read(now)
+	sched := l.sched.read(ctx, now)
 	here := map[string]int{}
 	for i := range all {
 		o := &all[i]
@@ -197,7 +195,7 @@ func (l *looker) row(now time.Time, o *observation, sched *schedView) top.Row {
 	if q := o.Requests; q != nil && q.Marked > now.UnixNano() {
 		r.TimeCritical = true
 	}
-	spec := scheduler.Spec{Name: o.Name, Shares: o.Policy.Shares, VCPUs: o.VCPUs}
+	spec := scheduler.Spec{Name: o.Name, Shares: o.CPUShares(), VCPUs: o.VCPUs}
 	if rates, ok := l.monitor.Update(spec, o.sample); ok && o.timed {
 		r.Rated = true
 		r.CPU, r.Wait, r.Guest, r.Exits = rates.Used[scheduler.CPU], rates.Waited, rates.Guest, rates.Exits
@@ -230,42 +228,51 @@ type schedReader struct {
 	decisions map[string]scheduler.Decision
 }
 
-// How old a scheduler's word may be, how often its history is read, which takes longer
-// than its status, and how much of that.
+// How old a scheduler's word may be, and how often the database is asked for its
+// decisions, which takes longer than its status.
 const (
 	staleAfter      = 2 * time.Minute
 	historyInterval = 2 * time.Second
-	historyLength   = 4096
 )
 
 // read returns what the scheduler says; nil if none runs.
-func (s *schedReader) read(now time.Time) *schedView {
-	dir, err := schedDir()
-	if err != nil {
+func (s *schedReader) read(ctx context.Context, now time.Time) *schedView {
+	status, running, err := readStatus()
+	if err != nil || !running || now.Sub(status.Time) > staleAfter {
 		return nil
 	}
-	b, err := os.ReadFile(filepath.Join(dir, statusFile))
-	if err != nil {
-		return nil
-	}
-	v := &schedView{machines: map[string]*schedMachine{}}
-	if json.Unmarshal(b, &v.schedStatus) != nil || now.Sub(v.Time) > staleAfter || syscall.Kill(v.PID, 0) != nil {
-		return nil
-	}
+	v := &schedView{schedStatus: status, machines: map[string]*schedMachine{}}
 	for i := range v.Machines {
 		v.machines[v.Machines[i].Machine] = &v.Machines[i]
 	}
 	if now.Sub(s.at) >= historyInterval {
 		s.at = now
-		if list, err := scheduler.ReadHistory(filepath.Join(dir, decisionsFile), "", historyLength); err == nil {
-			s.decisions = map[string]scheduler.Decision{}
-			for _, e := range list {
-				s.decisions[e.Machine] = e.Decision
-			}
+		if last, err := lastDecisions(ctx); err == nil {
+			s.decisions = last
 		}
 	}
 	v.decisions = s.decisions
 	return v
+}
+
+// lastDecisions are what was decided last about each machine.
+func lastDecisions(ctx context.Context) (map[string]scheduler.Decision, error) {
+	d, err := readSchedDB(ctx, "")
+	if err != nil || d == nil {
+		return nil, err
+	}
+	defer d.Close()
+	rows, err := d.LastDecisions(ctx, schedSource)
+	if err != nil {
+		return nil, err
+	}
+	last := map[string]scheduler.Decision{}
+	for i := range rows {
+		if e, err := explained(&rows[i]); err == nil { // a later gondola's is passed over
+			last[e.Machine] = e.Decision
+		}
+	}
+	return last, nil
 }
 
 // topActions act through the machines' control sockets.

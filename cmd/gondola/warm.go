@@ -25,7 +25,7 @@ import (
 	"github.com/gondola-vmm/gondola/vmm/kvm"
 )
 
-// A start without --cold leaves a state of the machine just after its agent is up in a
+// A start without --cold leaves a state of the machine when its agent is up and at rest in a
 // directory of the cache, and uses that of an earlier one (docs/states.md). The
 // directory's name is a hash of all that decides what a machine is like then; in it is
 // a store with one state.
@@ -156,16 +156,15 @@ func (f *runFlags) warmable(cfg *guest.Config) bool {
 
 // boot starts the guest, from the cache if it can be.
 func (f *runFlags) boot(ctx context.Context, cfg *guest.Config) (*guest.Guest, *warm, error) {
+	if _, err := vmm.Kind(); err != nil {
+		return nil, nil, err
+	}
 	var w *warm
+	var unkept error
 	if f.warmable(cfg) {
 		cfg.Copied = true
-		var err error
-		if w, err = openWarm(ctx, *cfg); err != nil {
-			if ctx.Err() != nil {
-				return nil, nil, err
-			}
-			// The start itself will say what is wrong with the machine.
-			fmt.Fprintf(os.Stderr, "gondola: the state after the boot cannot be kept or used: %v\n", err)
+		if w, unkept = openWarm(ctx, *cfg); unkept != nil && ctx.Err() != nil {
+			return nil, nil, unkept
 		}
 		if w != nil && w.state != nil {
 			g, err := w.start(ctx, *cfg)
@@ -176,6 +175,9 @@ func (f *runFlags) boot(ctx context.Context, cfg *guest.Config) (*guest.Guest, *
 		}
 	}
 	g, err := guest.Start(ctx, *cfg)
+	if err == nil && unkept != nil { // else the start has said what is wrong with the machine
+		fmt.Fprintf(os.Stderr, "gondola: the state after the boot cannot be kept or used: %v\n", unkept)
+	}
 	return g, w, err
 }
 
@@ -287,11 +289,48 @@ func (w *warm) keep(ctx context.Context, g *guest.Guest) {
 	<-taken
 }
 
+const (
+	calmStep  = 50 * time.Millisecond
+	calmShare = 5 // a guest is idle that uses less than 1/calmShare of a processor
+	calmSteps = 2 // so many times in a row
+	calmMax   = 5 * time.Second
+)
+
+// calm waits until a guest that has just come up is idle, going by the processor time
+// of its vCPUs, but not for ever: what it is still about to do at its boot, every start
+// from the state would do once more.
+func calm(ctx context.Context, times func() []time.Duration) {
+	sum := func() (t time.Duration) {
+		for _, d := range times() {
+			t += d
+		}
+		return t
+	}
+	tick := time.NewTicker(calmStep)
+	defer tick.Stop()
+	end := time.After(calmMax)
+	for idle, last := 0, sum(); idle < calmSteps; {
+		select {
+		case <-tick.C:
+		case <-end:
+			return
+		case <-ctx.Done():
+			return
+		}
+		now := sum()
+		if idle++; now-last > calmStep/calmShare {
+			idle = 0
+		}
+		last = now
+	}
+}
+
 func (w *warm) save(ctx context.Context, vm *vmm.VM, taken func()) error {
 	limit, err := warmMax()
 	if err != nil || limit == 0 {
 		return err
 	}
+	calm(ctx, vm.CPUTimes)
 	about := map[string]string{machineShape: w.shape.String(), "gondola": buildVersion()}
 	if len(w.text) <= store.MaxMachineText {
 		about["inputs"] = w.text

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -200,4 +202,55 @@ func TestCloneRefuses(t *testing.T) {
 		_, err := commandTest(tc.args...)
 		assert.ErrorContains(t, err, tc.want, "%v", tc.args)
 	}
+}
+
+// Clones get one address after the other, and none that another one has.
+func TestNetsOfClones(t *testing.T) {
+	shape := guest.Config{Net: &guest.Network{Private: "lab", Address: netip.MustParsePrefix("10.9.0.1/24")}}.Shape()
+	list, err := forClones("private:lab,ip=10.9.0.254/23,gw=10.9.0.1", shape, 3)
+	require.NoError(t, err)
+	assert.Equal(t, []string{"private:lab,ip=10.9.0.254/23,gw=10.9.0.1", "private:lab,ip=10.9.0.255/23,gw=10.9.0.1", "private:lab,ip=10.9.1.0/23,gw=10.9.0.1"}, list)
+	list, err = forClones("", shape, 2)
+	require.NoError(t, err)
+	assert.Equal(t, []string{"", ""}, list)
+	list, err = forClones("private:lab", shape, 1)
+	require.NoError(t, err)
+	assert.Equal(t, []string{"private:lab"}, list)
+	list, err = forClones("private:lab", guest.Config{Net: &guest.Network{Private: "lab"}}.Shape(), 2)
+	require.NoError(t, err, "the guests ask somebody, or nobody has an address")
+	assert.Len(t, list, 2)
+	for net, want := range map[string]string{
+		"private:lab": "10.9.0.1/24", "private:lab,mac=02:00:00:00:00:01": "mac=", "tap:t0": "one at a time", "private:lab,ip=10.9.0.254/24": "3 machines", "x": "choose",
+	} {
+		_, err := forClones(net, shape, 3)
+		assert.ErrorContains(t, err, want, net)
+		assert.ErrorAs(t, err, new(usageError), net)
+	}
+}
+
+// A guest's state is taken when it has come to rest, at once if its processors cannot be
+// asked, and not never.
+func TestCalm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begin := time.Now()
+		busyUntil := func(end time.Duration) func() []time.Duration {
+			return func() []time.Duration { return []time.Duration{min(time.Since(begin), end), 0} }
+		}
+		calm(t.Context(), busyUntil(time.Second))
+		assert.WithinRange(t, time.Now(), begin.Add(time.Second+calmSteps*calmStep), begin.Add(time.Second+(calmSteps+2)*calmStep))
+
+		begin = time.Now()
+		calm(t.Context(), func() []time.Duration { return nil })
+		assert.Equal(t, calmSteps*calmStep, time.Since(begin))
+
+		begin = time.Now()
+		calm(t.Context(), busyUntil(time.Hour))
+		assert.Equal(t, calmMax, time.Since(begin))
+
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		begin = time.Now()
+		calm(ctx, busyUntil(time.Hour))
+		assert.Equal(t, 300*time.Millisecond, time.Since(begin))
+	})
 }

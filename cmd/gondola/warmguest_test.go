@@ -81,14 +81,19 @@ func TestWarmAndClones(t *testing.T) {
 	assert.Contains(t, r.stderr, "damaged")
 	run("six", "used")
 
-	r = gondola(t, "run", "-d", "--userland", "busybox", "--cmdline", word, "--name", "dev")
+	r = gondola(t, "run", "-d", "--userland", "busybox", "--cmdline", word, "--name", "dev", "--net", "private:lab,ip=10.9.0.1/24")
 	require.Zero(t, r.code, r.stderr)
-	r = gondola(t, "exec", "dev", "--", "sh", "-c", "echo kept >/tmp/file")
+	mac := "cat /sys/class/net/eth0/address"
+	r = gondola(t, "exec", "dev", "--", "sh", "-c", "echo kept >/tmp/file; "+mac)
 	require.Zero(t, r.code, r.stderr)
+	original := r.stdout
 	r = gondola(t, "state", "save", "dev", "ready")
 	require.Zero(t, r.code, r.stderr)
 	assert.Zero(t, gondola(t, "stop", "dev").code)
-	r = gondola(t, "clone", "dev@ready", "--count", "2")
+	r = gondola(t, "clone", "dev@ready", "--count", "2", "--net", "private:lab")
+	assert.Equal(t, exitUsage, r.code)
+	assert.Contains(t, r.stderr, "10.9.0.1/24, and all of the machines would")
+	r = gondola(t, "clone", "dev@ready", "--count", "2", "--net", "private:lab,ip=10.9.0.11/24")
 	require.Zero(t, r.code, r.stderr)
 	names := strings.Fields(r.stdout)
 	require.ElementsMatch(t, []string{"dev-clone", "dev-clone-2"}, names)
@@ -100,11 +105,30 @@ func TestWarmAndClones(t *testing.T) {
 		check(n, lines[:len(lines)-1])
 		assert.Equal(t, "kept", lines[len(lines)-1])
 	}
-	r = gondola(t, "run", "--from", "dev@ready", "--", "cat", "/tmp/file")
+	// On their network each is a station of its own.
+	macs := map[string]bool{original: true}
+	addresses := ""
+	for i, n := range names {
+		r := gondola(t, "exec", n, "--", "sh", "-c", mac+"; ifconfig eth0 | grep -o '10[.]9[.]0[.][0-9]* '")
+		require.Zero(t, r.code, r.stderr)
+		mac, address, _ := strings.Cut(r.stdout, "\n")
+		assert.False(t, macs[mac+"\n"], "%s: %s", n, mac)
+		macs[mac+"\n"] = true
+		addresses += address
+		other := "10.9.0.11"
+		if strings.Contains(address, other+" ") {
+			other = "10.9.0.12"
+		}
+		r = gondola(t, "exec", n, "--", "ping", "-c", "1", "-w", "20", other)
+		assert.Zero(t, r.code, "clone %d: %s", i, r.stdout)
+	}
+	assert.Contains(t, addresses, "10.9.0.11 ")
+	assert.Contains(t, addresses, "10.9.0.12 ")
+	r = gondola(t, "run", "--from", "dev@ready", "--net", "private:lab", "--", "cat", "/tmp/file")
 	assert.Equal(t, result{0, "kept\n", ""}, r)
 
 	// The machine itself goes on in its tree.
-	r = gondola(t, "run", "-d", "--from", "dev@ready", "--max-states", "2")
+	r = gondola(t, "run", "-d", "--from", "dev@ready", "--max-states", "2", "--net", "private:lab")
 	require.Zero(t, r.code, r.stderr)
 	require.Equal(t, "dev\n", r.stdout)
 	defer func() { gondola(t, "stop", "--kill", "dev") }()
@@ -114,5 +138,5 @@ func TestWarmAndClones(t *testing.T) {
 	r = gondola(t, "state", "save", "dev", "third")
 	assert.Equal(t, exitFailed, r.code)
 	assert.Contains(t, r.stderr, "quota")
-	assert.Equal(t, "kept\n", gondola(t, "exec", "dev", "--", "cat", "/tmp/file").stdout)
+	assert.Equal(t, "kept\n"+original, gondola(t, "exec", "dev", "--", "sh", "-c", "cat /tmp/file; "+mac).stdout)
 }

@@ -1,5 +1,5 @@
-// Package disk is what is behind a virtual disk: raw files, block devices, and
-// copy-on-write layers over them (docs/disk-layers.md).
+// Package disk is what is behind a virtual disk: raw files, block devices, qcow2
+// images, which are only read, and copy-on-write layers over them (docs/disk-layers.md).
 //
 // A disk is a stack: at most one layer that is written, over layers and a raw
 // image that are never written. Files are locked as long as they are open (open
@@ -73,17 +73,44 @@ type Image interface {
 type Options struct {
 	// ReadOnly opens without writing anything, also a layer's own file.
 	ReadOnly bool
+	// Backing permits qcow2 images to name files that they are based on, which
+	// are any of the host's. A layer over such an image stands for it.
+	Backing bool
 	// States is the directory where the layers of the disk's states are found
 	// (Disk.Keep); "": the disk has none.
 	States string
 }
 
-// open opens a file of any kind; depth counts what is on top of it.
-func open(path string, readOnly bool, depth int) (image, error) {
-	if IsLayer(path) {
-		return openLayer(path, readOnly, depth)
+// opening is how a file is opened.
+type opening struct {
+	readOnly bool
+	backing  bool // Options.Backing
+	depth    int  // how many files are on top of it
+}
+
+// base is how a file is opened that another is based on.
+func base(backing bool) opening { return opening{readOnly: true, backing: backing, depth: 1} }
+
+// open opens a file of any kind.
+func open(path string, o opening) (image, error) {
+	switch kindOf(path) {
+	case kindLayer:
+		return openLayer(path, o)
+	case kindQcow2:
+		return openQcow2(path, o)
 	}
-	return openRaw(path, readOnly)
+	return openRaw(path, o.readOnly)
+}
+
+// kindOf is what a file is, by its name.
+func kindOf(path string) uint32 {
+	switch {
+	case IsLayer(path):
+		return kindLayer
+	case IsQcow2(path):
+		return kindQcow2
+	}
+	return kindRaw
 }
 
 // image is an Image that something can be based on.

@@ -103,7 +103,7 @@ func TestDisksAgreeWithAModel(t *testing.T) {
 			switch kind {
 			case "layer", "two layers", "new layers while used":
 				path = filepath.Join(dir, "a.layer")
-				require.NoError(t, disk.Create(path, base, 0))
+				require.NoError(t, disk.Create(path, base, 0, disk.Options{}))
 				if kind == "two layers" {
 					below := &ops{t: t, d: open(t, path, disk.Options{}), model: model, unknown: make([]bool, size)}
 					for range 50 {
@@ -113,16 +113,16 @@ func TestDisksAgreeWithAModel(t *testing.T) {
 					require.NoError(t, below.d.Close())
 					lower := path
 					path = filepath.Join(dir, "b.layer")
-					require.NoError(t, disk.Create(path, lower, 0))
+					require.NoError(t, disk.Create(path, lower, 0, disk.Options{}))
 				}
 			case "larger than the base":
 				path = filepath.Join(dir, "a.layer")
-				require.NoError(t, disk.Create(path, base, size+100<<10))
+				require.NoError(t, disk.Create(path, base, size+100<<10, disk.Options{}))
 				model = append(model, make([]byte, 100<<10)...)
 			}
 			o := &ops{t: t, model: model, unknown: make([]bool, len(model))}
 			if kind == "temporary" {
-				o.d, err = disk.Temporary(base, dir)
+				o.d, err = disk.Temporary(base, dir, disk.Options{})
 				require.NoError(t, err)
 				left, err := os.ReadDir(dir)
 				require.NoError(t, err)
@@ -174,7 +174,7 @@ func TestDisksAgreeWithAModel(t *testing.T) {
 func TestRangesAndReadOnly(t *testing.T) {
 	base, _ := rawFile(t, 64<<10)
 	layer := filepath.Join(t.TempDir(), "x.layer")
-	require.NoError(t, disk.Create(layer, base, 0))
+	require.NoError(t, disk.Create(layer, base, 0, disk.Options{}))
 	for _, path := range []string{base, layer} {
 		ro := open(t, path, disk.Options{ReadOnly: true})
 		again := open(t, path, disk.Options{ReadOnly: true}) // shared
@@ -207,7 +207,7 @@ func TestRangesAndReadOnly(t *testing.T) {
 func TestFileShrinksWhileInUse(t *testing.T) {
 	base, _ := rawFile(t, 64<<10)
 	layer := filepath.Join(t.TempDir(), "x.layer")
-	require.NoError(t, disk.Create(layer, base, 0))
+	require.NoError(t, disk.Create(layer, base, 0, disk.Options{}))
 	l := open(t, layer, disk.Options{})
 	b := [][]byte{make([]byte, 4096)}
 	require.NoError(t, os.Truncate(base, 32<<10))
@@ -231,11 +231,11 @@ func TestRefused(t *testing.T) {
 	base, _ := rawFile(t, 64<<10)
 	dir := t.TempDir()
 	layer := filepath.Join(dir, "x.layer")
-	require.NoError(t, disk.Create(layer, base, 0))
-	assert.ErrorIs(t, disk.Create(layer, base, 0), os.ErrExist)
-	assert.ErrorIs(t, disk.Create(filepath.Join(dir, "x.img"), base, 0), disk.ErrFormat)
-	assert.ErrorIs(t, disk.Create(filepath.Join(dir, "y.layer"), base, 1000), disk.ErrSize)
-	assert.ErrorIs(t, disk.Create(filepath.Join(dir, "y.layer"), base, 1<<60), disk.ErrSize)
+	require.NoError(t, disk.Create(layer, base, 0, disk.Options{}))
+	assert.ErrorIs(t, disk.Create(layer, base, 0, disk.Options{}), os.ErrExist)
+	assert.ErrorIs(t, disk.Create(filepath.Join(dir, "x.img"), base, 0, disk.Options{}), disk.ErrFormat)
+	assert.ErrorIs(t, disk.Create(filepath.Join(dir, "y.layer"), base, 1000, disk.Options{}), disk.ErrSize)
+	assert.ErrorIs(t, disk.Create(filepath.Join(dir, "y.layer"), base, 1<<60, disk.Options{}), disk.ErrSize)
 	_, err := disk.Open(dir, disk.Options{ReadOnly: true})
 	assert.ErrorContains(t, err, "neither a file nor a block device")
 	_, err = disk.Open(filepath.Join(dir, "none"), disk.Options{})
@@ -260,7 +260,7 @@ func TestRefused(t *testing.T) {
 
 	// A layer that something is based on is not written any more.
 	upper := filepath.Join(dir, "upper.layer")
-	require.NoError(t, disk.Create(upper, layer, 0))
+	require.NoError(t, disk.Create(upper, layer, 0, disk.Options{}))
 	_, err = disk.Open(layer, disk.Options{})
 	assert.ErrorIs(t, err, disk.ErrReadOnly)
 
@@ -273,7 +273,7 @@ func TestMovedTogether(t *testing.T) {
 	a, b := filepath.Join(t.TempDir(), "a"), t.TempDir()
 	require.NoError(t, os.Mkdir(a, 0o700))
 	require.NoError(t, disk.CreateRaw(filepath.Join(a, "base"), 1<<20))
-	require.NoError(t, disk.Create(filepath.Join(a, "x.layer"), filepath.Join(a, "base"), 0))
+	require.NoError(t, disk.Create(filepath.Join(a, "x.layer"), filepath.Join(a, "base"), 0, disk.Options{}))
 	require.NoError(t, os.Rename(a, filepath.Join(b, "c")))
 	open(t, filepath.Join(b, "c", "x.layer"), disk.Options{})
 }
@@ -281,7 +281,7 @@ func TestMovedTogether(t *testing.T) {
 func TestDamage(t *testing.T) {
 	base, _ := rawFile(t, 64<<10)
 	layer := filepath.Join(t.TempDir(), "x.layer")
-	require.NoError(t, disk.Create(layer, base, 0))
+	require.NoError(t, disk.Create(layer, base, 0, disk.Options{}))
 	d := open(t, layer, disk.Options{})
 	require.NoError(t, d.WriteV([][]byte{make([]byte, 4096)}, 4096))
 	require.NoError(t, d.Flush())
@@ -308,7 +308,7 @@ func TestDamage(t *testing.T) {
 func TestNewLayerFailsAndAllIsAsBefore(t *testing.T) {
 	base, _ := rawFile(t, 64<<10)
 	layer := filepath.Join(t.TempDir(), "x.layer")
-	require.NoError(t, disk.Create(layer, base, 0))
+	require.NoError(t, disk.Create(layer, base, 0, disk.Options{}))
 	for _, path := range []string{base, layer} {
 		d := open(t, path, disk.Options{})
 		require.Error(t, d.NewLayer("/no/such/directory/y.layer"))
@@ -318,11 +318,11 @@ func TestNewLayerFailsAndAllIsAsBefore(t *testing.T) {
 		require.NoError(t, disk.CreateRaw(filepath.Join(t.TempDir(), "f"), sector))
 		if path == base { // writing it was legal, and the layer over it is not good any more
 			require.NoError(t, os.Remove(layer))
-			require.NoError(t, disk.Create(layer, base, 0))
+			require.NoError(t, disk.Create(layer, base, 0, disk.Options{}))
 		}
 	}
 	open(t, layer, disk.Options{})
-	tmp, err := disk.Temporary(layer, t.TempDir())
+	tmp, err := disk.Temporary(layer, t.TempDir(), disk.Options{})
 	require.ErrorIs(t, err, disk.ErrInUse)
 	require.Nil(t, tmp)
 }
@@ -376,7 +376,7 @@ func TestFlushedDataSurvivesKill(t *testing.T) {
 		path := base
 		if round%3 != 0 {
 			path = filepath.Join(dir, "x.layer")
-			require.NoError(t, disk.Create(path, base, 0))
+			require.NoError(t, disk.Create(path, base, 0, disk.Options{}))
 		}
 		cmd := exec.Command(os.Args[0])
 		cmd.Env = append(os.Environ(), asWriter+"="+path)
@@ -421,7 +421,7 @@ func TestPartsOfAFlushAreGood(t *testing.T) {
 	base := filepath.Join(dir, "base")
 	require.NoError(t, disk.CreateRaw(base, size))
 	path := filepath.Join(dir, "x.layer")
-	require.NoError(t, disk.Create(path, base, 0))
+	require.NoError(t, disk.Create(path, base, 0, disk.Options{}))
 	before, err := os.ReadFile(path)
 	require.NoError(t, err)
 	d := open(t, path, disk.Options{})
@@ -455,7 +455,7 @@ func TestPartsOfAFlushAreGood(t *testing.T) {
 func FuzzLayer(f *testing.F) {
 	base, _ := rawFile(f, 64<<10)
 	layer := filepath.Join(f.TempDir(), "x.layer")
-	require.NoError(f, disk.Create(layer, base, 0))
+	require.NoError(f, disk.Create(layer, base, 0, disk.Options{}))
 	good, err := os.ReadFile(layer)
 	require.NoError(f, err)
 	f.Add(good[:8192])
@@ -483,7 +483,7 @@ func FuzzOps(f *testing.F) {
 		const size = 96<<10 + sector
 		base, content := rawFile(t, size)
 		path := filepath.Join(t.TempDir(), "x.layer")
-		require.NoError(t, disk.Create(path, base, 0))
+		require.NoError(t, disk.Create(path, base, 0, disk.Options{}))
 		d, err := disk.Open(path, disk.Options{})
 		require.NoError(t, err)
 		o := &ops{t: t, d: d, model: content, unknown: make([]bool, size)}
@@ -507,7 +507,7 @@ func BenchmarkDisk(b *testing.B) {
 		path := base
 		if kind == "layer" {
 			path = filepath.Join(b.TempDir(), "x.layer")
-			require.NoError(b, disk.Create(path, base, 0))
+			require.NoError(b, disk.Create(path, base, 0, disk.Options{}))
 		}
 		d := open(b, path, disk.Options{})
 		for _, n := range []uint64{4 << 10, 1 << 20} {

@@ -29,6 +29,7 @@ const (
 const (
 	kindRaw   = 1
 	kindLayer = 2
+	kindQcow2 = 3
 )
 
 const flagFrozen = 1
@@ -36,9 +37,9 @@ const flagFrozen = 1
 // baseID is how a layer knows its base again.
 type baseID struct {
 	Kind     uint32
-	UUID     [16]byte // of a layer
+	UUID     [16]byte // of a layer; of a qcow2 image with backing files, what they are
 	Size     uint64
-	Modified int64 // of a raw file, nanoseconds since 1970
+	Modified int64 // of a raw file or a qcow2 image, nanoseconds since 1970
 }
 
 // header is what the first block of a layer says (docs/disk-layers.md).
@@ -112,7 +113,7 @@ func parseHeader(b []byte) (h header, err error) {
 	h.Frozen = flags&flagFrozen != 0
 	h.Base = baseID{Kind: le.Uint32(b[40:]), Size: le.Uint64(b[64:]), Modified: int64(le.Uint64(b[72:]))}
 	copy(h.Base.UUID[:], b[48:])
-	if k := h.Base.Kind; k != kindRaw && k != kindLayer {
+	if k := h.Base.Kind; k != kindRaw && k != kindLayer && k != kindQcow2 {
 		return bad("a base of kind %d", k)
 	}
 	n := le.Uint32(b[80:])

@@ -41,7 +41,7 @@ func Scratch(base string, o Options) (*Disk, error) {
 		return nil, fmt.Errorf("disk: %w", err)
 	}
 	path := filepath.Join(o.States, scratchPrefix+random()+Suffix)
-	d, err := overlay(path, base, 0)
+	d, err := overlay(path, base, 0, o.Backing)
 	if err != nil {
 		return nil, errors.Join(err, tidy(o.States))
 	}
@@ -180,13 +180,13 @@ func merge(to, path string, l *layer) (_ *layer, err error) {
 		stack = append(stack, b)
 		path = b.h.basePath(path)
 	}
-	base, err := open(path, true, 1)
+	b, err := open(path, base(stack[len(stack)-1].h.backing()))
 	if err != nil {
 		return nil, err
 	}
-	m, err := createLayer(to, path, base, l.h.Size)
+	m, err := createLayer(to, path, b, l.h.Size)
 	if err != nil {
-		return nil, errors.Join(err, base.Close())
+		return nil, errors.Join(err, b.Close())
 	}
 	buf := make([]byte, 64*blockSize)
 	in := func(block uint64) bool {
@@ -226,7 +226,7 @@ func sweep(path string) {
 // resume opens a layer that Keep had frozen when it was interrupted, and does the
 // rest. It returns nil if that is not so.
 func resume(path string) (*layer, error) {
-	l, err := openLayer(path, true, 1)
+	l, err := openLayer(path, base(false))
 	if err != nil {
 		return nil, err
 	}
@@ -292,7 +292,7 @@ func (d *Disk) openState(s State) (_ *layer, path string, err error) {
 	if err != nil {
 		return nil, "", fmt.Errorf("%w: the state's layer: %w", ErrBase, err)
 	}
-	l, err := openLayer(path, true, 1)
+	l, err := openLayer(path, base(false))
 	if err != nil {
 		return nil, "", err
 	}
@@ -337,14 +337,14 @@ func (d *Disk) Stage(s State) (*Staged, error) {
 	if err := d.check(s); err != nil {
 		return nil, err
 	}
-	base, path, err := d.openState(s)
+	below, path, err := d.openState(s)
 	if err != nil {
 		return nil, err
 	}
 	temp := newPath(d.path)
-	next, err := createLayer(temp, path, base, s.Size)
+	next, err := createLayer(temp, path, below, s.Size)
 	if err != nil {
-		return nil, errors.Join(err, base.Close())
+		return nil, errors.Join(err, below.Close())
 	}
 	return &Staged{d, next, temp}, nil
 }

@@ -61,7 +61,7 @@ func TestStates(t *testing.T) {
 		if own {
 			d, err = disk.Scratch(base, o)
 		} else {
-			require.NoError(t, disk.Create(user, base, 0))
+			require.NoError(t, disk.Create(user, base, 0, disk.Options{}))
 			d, err = disk.Open(user, o)
 		}
 		require.NoError(t, err)
@@ -154,7 +154,7 @@ func TestNotKept(t *testing.T) {
 	require.ErrorIs(t, d.Check(disk.State{Size: 64 << 10, Layers: make([]disk.ID, 1)}), disk.ErrNoLayer)
 	require.NoError(t, d.Close())
 
-	tmp, err := disk.Temporary(base, t.TempDir())
+	tmp, err := disk.Temporary(base, t.TempDir(), disk.Options{})
 	require.NoError(t, err)
 	_, err = tmp.Keep()
 	require.ErrorIs(t, err, disk.ErrNoLayer)
@@ -216,7 +216,7 @@ func TestKeepInterrupted(t *testing.T) {
 	base, _ := rawFile(t, 64<<10)
 	dir := t.TempDir()
 	user := filepath.Join(dir, "user.layer")
-	require.NoError(t, disk.Create(user, base, 0))
+	require.NoError(t, disk.Create(user, base, 0, disk.Options{}))
 	o := disk.Options{States: filepath.Join(dir, "disks")}
 	d := open(t, user, o)
 	fill(t, d, 1, 512)
@@ -230,7 +230,7 @@ func TestKeepInterrupted(t *testing.T) {
 	kept := filepath.Join(dir, "user@"+list[0].UUID+disk.Suffix)
 	require.NoError(t, os.Link(user, kept))
 	left := filepath.Join(dir, "user@new-1234.layer")
-	require.NoError(t, disk.Create(left, kept, 0))
+	require.NoError(t, disk.Create(left, kept, 0, disk.Options{}))
 	d = open(t, user, o)
 	assert.EqualValues(t, 2, first(t, d))
 	fill(t, d, 3, 512)
@@ -240,7 +240,7 @@ func TestKeepInterrupted(t *testing.T) {
 	assert.NoFileExists(t, left)
 
 	// Frozen by somebody else: it stays so.
-	require.NoError(t, disk.Create(filepath.Join(dir, "x.layer"), user, 0))
+	require.NoError(t, disk.Create(filepath.Join(dir, "x.layer"), user, 0, disk.Options{}))
 	_, err = disk.Open(user, o)
 	require.True(t, errors.Is(err, disk.ErrReadOnly), "%v", err)
 }

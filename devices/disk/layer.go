@@ -114,10 +114,15 @@ func (h *header) basePath(layer string) string {
 	return filepath.Join(filepath.Dir(layer), h.Path)
 }
 
-func openLayer(path string, readOnly bool, depth int) (_ *layer, err error) {
-	if depth >= maxDepth {
-		return nil, fmt.Errorf("%w: more than %d files on top of each other (a loop?)", ErrFormat, maxDepth)
+var errDeep = fmt.Errorf("%w: more than %d files on top of each other (a loop?)", ErrFormat, maxDepth)
+
+// openLayer opens a layer and what it is based on. A layer over a qcow2 image was made
+// with or without permission for the image's backing files, which goes before o's.
+func openLayer(path string, o opening) (_ *layer, err error) {
+	if o.depth >= maxDepth {
+		return nil, errDeep
 	}
+	readOnly := o.readOnly
 	f, err := openLocked(path, readOnly)
 	if err != nil {
 		return nil, err
@@ -151,16 +156,16 @@ func openLayer(path string, readOnly bool, depth int) (_ *layer, err error) {
 	if err := l.readMap(); err != nil {
 		return nil, err
 	}
-	return l, l.openBase(path, depth)
+	return l, l.openBase(path, o.depth)
 }
 
 // openBase opens what the layer is based on and checks that it has not changed.
 func (l *layer) openBase(path string, depth int) error {
 	p := l.h.basePath(path)
-	if (l.h.Base.Kind == kindLayer) != IsLayer(p) {
+	if l.h.Base.Kind != kindOf(p) {
 		return fmt.Errorf("%w: the base's kind does not fit its name, %s", ErrFormat, p)
 	}
-	base, err := open(p, true, depth+1)
+	base, err := open(p, opening{readOnly: true, backing: l.h.backing(), depth: depth + 1})
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrBase, err)
 	}
@@ -174,6 +179,9 @@ func (l *layer) openBase(path string, depth int) error {
 	}
 	return nil
 }
+
+// backing tells whether the layer was made over a qcow2 image with backing files.
+func (h *header) backing() bool { return h.Base.Kind == kindQcow2 && h.Base.UUID != [16]byte{} }
 
 // readMap reads and checks the map.
 func (l *layer) readMap() error {
@@ -319,7 +327,11 @@ func (l *layer) ReadV(iov [][]byte, off uint64) error {
 
 // below reads from the base, which may be smaller: then zeroes follow.
 func (l *layer) below(iov [][]byte, off, n uint64) error {
-	size := l.base.Size()
+	return below(l.base, iov, off, n)
+}
+
+func below(base image, iov [][]byte, off, n uint64) error {
+	size := base.Size()
 	have := uint64(0)
 	if off < size {
 		have = min(n, size-off)
@@ -331,7 +343,7 @@ func (l *layer) below(iov [][]byte, off, n uint64) error {
 	if have == 0 {
 		return nil
 	}
-	return l.base.ReadV(iov, off)
+	return base.ReadV(iov, off)
 }
 
 // writable is as for raw.

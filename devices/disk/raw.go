@@ -121,13 +121,18 @@ func (r *raw) thaw() error {
 }
 
 func (r *raw) identity() (baseID, error) {
-	id := baseID{Kind: kindRaw, Size: r.size}
 	if r.block { // its time says nothing
-		return id, nil
+		return baseID{Kind: kindRaw, Size: r.size}, nil
 	}
+	return fileID(r.f, kindRaw, r.size)
+}
+
+// fileID is how a file is known again.
+func fileID(f *os.File, kind uint32, size uint64) (baseID, error) {
+	id := baseID{Kind: kind, Size: size}
 	var st unix.Stat_t
-	if err := unix.Fstat(int(r.f.Fd()), &st); err != nil {
-		return id, fmt.Errorf("disk: %s: %w", r.f.Name(), err)
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return id, fmt.Errorf("disk: %s: %w", f.Name(), err)
 	}
 	id.Modified = st.Mtim.Nano()
 	return id, nil

@@ -24,9 +24,9 @@ type Disk struct {
 
 // Open opens a layer file, a raw image file or a block device, and everything
 // that it is based on. A file whose name ends in Suffix is a layer, any other is
-// raw.
+// raw, or a qcow2 image if it ends in Qcow2Suffix, which is opened read-only only.
 func Open(path string, o Options) (*Disk, error) {
-	top, err := open(path, o.ReadOnly, 0)
+	top, err := open(path, opening{readOnly: o.ReadOnly, backing: o.Backing})
 	if errors.Is(err, ErrReadOnly) && IsLayer(path) {
 		l, rerr := resume(path)
 		if l == nil {
@@ -44,9 +44,10 @@ func Open(path string, o Options) (*Disk, error) {
 }
 
 // Create makes a layer file over a raw image, block device or layer, which from
-// then on must not be written; a layer is frozen for that. size 0 is the base's.
-func Create(path, base string, size uint64) error {
-	d, err := overlay(path, base, size)
+// then on must not be written; a layer is frozen for that. size 0 is the base's. Of the
+// options only Backing counts.
+func Create(path, base string, size uint64, o Options) error {
+	d, err := overlay(path, base, size, o.Backing)
 	if err != nil {
 		return err
 	}
@@ -54,8 +55,9 @@ func Create(path, base string, size uint64) error {
 }
 
 // Temporary opens base with a layer on top whose file, in dir ("" is the default
-// directory for temporary files), has no name and goes away with the Disk.
-func Temporary(base, dir string) (*Disk, error) {
+// directory for temporary files), has no name and goes away with the Disk. Of the
+// options only Backing counts.
+func Temporary(base, dir string, o Options) (*Disk, error) {
 	f, err := os.CreateTemp(dir, "gondola-*"+Suffix)
 	if err != nil {
 		return nil, fmt.Errorf("disk: %w", err)
@@ -65,7 +67,7 @@ func Temporary(base, dir string) (*Disk, error) {
 	if err := errors.Join(f.Close(), os.Remove(path)); err != nil {
 		return nil, fmt.Errorf("disk: %w", err)
 	}
-	d, err := overlay(path, base, 0)
+	d, err := overlay(path, base, 0, o.Backing)
 	if err != nil {
 		return nil, err
 	}
@@ -76,24 +78,24 @@ func Temporary(base, dir string) (*Disk, error) {
 	return d, nil
 }
 
-func overlay(path, base string, size uint64) (*Disk, error) {
-	b, err := open(base, true, 1)
+func overlay(path, basePath string, size uint64, backing bool) (*Disk, error) {
+	b, err := open(basePath, base(backing))
 	if err != nil {
 		return nil, err
 	}
 	if l, ok := b.(*layer); ok && !l.h.Frozen {
 		// It has to be written for that.
-		if err := errors.Join(b.Close(), freezeFile(base)); err != nil {
+		if err := errors.Join(b.Close(), freezeFile(basePath)); err != nil {
 			return nil, err
 		}
-		if b, err = open(base, true, 1); err != nil {
+		if b, err = open(basePath, base(backing)); err != nil {
 			return nil, err
 		}
 	}
 	if size == 0 {
 		size = b.Size()
 	}
-	top, err := createLayer(path, base, b, size)
+	top, err := createLayer(path, basePath, b, size)
 	if err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
@@ -101,7 +103,7 @@ func overlay(path, base string, size uint64) (*Disk, error) {
 }
 
 func freezeFile(path string) error {
-	l, err := openLayer(path, false, 1)
+	l, err := openLayer(path, opening{depth: 1})
 	if err != nil {
 		return err
 	}
@@ -219,7 +221,7 @@ func (d *Disk) Close() error {
 // File describes one file of a stack.
 type File struct {
 	Path      string `json:"path"`
-	Format    string `json:"format"` // "raw", "block device" or "layer"
+	Format    string `json:"format"` // "raw", "block device", "qcow2" or "layer"
 	Size      uint64 `json:"size_bytes"`
 	Allocated uint64 `json:"allocated_bytes"`  // what it takes on the host's disk
 	Blocks    uint64 `json:"blocks,omitempty"` // 4 KiB each, that a layer has
@@ -243,6 +245,9 @@ func (d *Disk) Files() ([]File, error) {
 			if e.Format = "raw"; v.block {
 				e.Format = "block device"
 			}
+		case *qcow2:
+			f, im = v.f, v.base
+			e.Format, path = "qcow2", v.path
 		case *layer:
 			f, im = v.f, v.base
 			e.Format, e.Frozen, e.UUID = "layer", v.h.Frozen, fmt.Sprintf("%x", v.h.UUID)

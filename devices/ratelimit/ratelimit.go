@@ -31,6 +31,8 @@ type Limiter struct {
 	limits     Limits
 	bytes, ops bucket
 	changed    func()
+
+	passedOps, passedBytes uint64
 }
 
 // bucket is a token bucket whose level may be negative.
@@ -93,8 +95,17 @@ func (l *Limiter) Charge(ops, bytes uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.now()
+	l.passedOps += ops
+	l.passedBytes += bytes
 	l.ops.charge(ops, now)
 	l.bytes.charge(bytes, now)
+}
+
+// Passed is what Charge was called with so far, limited or not.
+func (l *Limiter) Passed() (ops, bytes uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.passedOps, l.passedBytes
 }
 
 func (b *bucket) set(rate, burst uint64, now time.Time) {

@@ -90,7 +90,10 @@ func New(cfg Config) *Agent {
 }
 
 // Close puts back how processes were scheduled (S4.11).
-func (a *Agent) Close() { a.sched.restoreAll() }
+func (a *Agent) Close() {
+	a.sched.restoreAll()
+	a.snaps.close()
+}
 
 // Serve speaks the protocol on rwc, which it owns, until the transport ends
 // (nil) or fails. Processes that were started through it are killed then.

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/gondola-vmm/gondola/guestagent/procfs"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 )
 
@@ -43,8 +44,10 @@ func (a *Agent) cpus(_ *proto.Call, req *proto.CPURequest) (any, error) {
 			}
 		}
 	}
-	if now, err = a.readCPUs(); err != nil {
-		return nil, err
+	if !slices.Equal(want, now.Online) {
+		if now, err = a.readCPUs(); err != nil {
+			return nil, err
+		}
 	}
 	return now, nil
 }
@@ -103,7 +106,7 @@ func (a *Agent) readCPUs() (c proto.CPUs, err error) {
 		name string
 		to   *[]int
 	}{{"present", &c.Present}, {"online", &c.Online}} {
-		b, err := os.ReadFile(filepath.Join(a.cfg.CPUDir, f.name))
+		b, err := procfs.ReadAll(filepath.Join(a.cfg.CPUDir, f.name))
 		if err != nil {
 			return c, fmt.Errorf("processors: %w; is /sys mounted?", err)
 		}

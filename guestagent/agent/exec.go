@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gondola-vmm/gondola/guestagent/procfs"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 )
 
@@ -484,7 +485,7 @@ func lookupUser(spec string) (user, error) {
 
 // scanColons calls f with the fields of each line until it returns true.
 func scanColons(file string, f func([]string) bool) bool {
-	b, err := os.ReadFile(file)
+	b, err := procfs.ReadAll(file)
 	if err != nil {
 		return false
 	}

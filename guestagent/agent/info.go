@@ -5,12 +5,14 @@ package agent
 import (
 	"bytes"
 	"io"
+	"math"
 	"os"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gondola-vmm/gondola/guestagent/procfs"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 )
 
@@ -124,7 +126,7 @@ func summary() (info proto.Info) {
 // lines iterates over a file's lines; there are none if it cannot be read.
 func lines(file string) func(func(string) bool) {
 	return func(yield func(string) bool) {
-		b, err := os.ReadFile(file)
+		b, err := procfs.ReadAll(file)
 		if err != nil {
 			return
 		}
@@ -155,12 +157,7 @@ func integer(s string) int {
 
 // pids lists the processes, in the kernel's order.
 func pids() ([]int, error) {
-	d, err := os.Open("/proc")
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
+	names, err := procfs.ReadDir("/proc", math.MaxInt)
 	if err != nil {
 		return nil, err
 	}
@@ -177,24 +174,36 @@ const maxCommand = 1 << 10
 
 // readProcess reads one process (S4.1); ok is false if it is gone.
 func readProcess(pid int) (p proto.Process, ok bool) {
-	dir := "/proc/" + strconv.Itoa(pid)
-	stat, err := os.ReadFile(dir + "/stat")
+	var buf [maxCommand + 1]byte
+	stat, err := procfs.ReadOnce(procDir(pid)+"/stat", buf[:])
 	if err != nil || !parseStat(stat, &p) {
 		return p, false
 	}
+	return p, complete(&p, pid, buf[:])
+}
+
+func procDir(pid int) string { return "/proc/" + strconv.Itoa(pid) }
+
+// complete reads what is not in a process's stat; buf has room for maxCommand bytes.
+func complete(p *proto.Process, pid int, buf []byte) bool {
+	dir := procDir(pid)
 	var st unix.Stat_t
 	if unix.Stat(dir, &st) != nil {
-		return p, false
+		return false
 	}
 	p.UID = int(st.Uid)
 	if !p.Kernel && p.State != "Z" {
-		p.Command = command(dir + "/cmdline")
+		p.Command = command(dir+"/cmdline", buf[:maxCommand])
 	}
+	readAffinity(p, pid)
+	return true
+}
+
+func readAffinity(p *proto.Process, pid int) {
 	var mask unix.CPUSet
 	if unix.SchedGetaffinity(pid, &mask) == nil {
 		p.Affinity = affinity(&mask)
 	}
-	return p, true
 }
 
 // userNames are the names of users by number.
@@ -242,13 +251,9 @@ func parseStat(b []byte, p *proto.Process) bool {
 	return p.PID > 0
 }
 
-func command(file string) string {
-	f, err := os.Open(file)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxCommand))
+// command is what a file of /proc/PID/cmdline says, as far as it goes into buf.
+func command(file string, buf []byte) string {
+	b, err := procfs.ReadOnce(file, buf)
 	if err != nil {
 		return ""
 	}
@@ -275,14 +280,9 @@ func socketOwners(pids []int) map[uint64]int {
 	owners := map[uint64]int{}
 	for _, pid := range pids {
 		dir := "/proc/" + strconv.Itoa(pid) + "/fd"
-		d, err := os.Open(dir)
+		names, err := procfs.ReadDir(dir, 1<<16)
 		if err != nil {
 			continue // it has ended
-		}
-		names, err := d.Readdirnames(1 << 16)
-		d.Close()
-		if err != nil {
-			continue
 		}
 		for _, name := range names {
 			target, err := os.Readlink(dir + "/" + name)

@@ -228,10 +228,16 @@ func FuzzReadBook(f *testing.F) {
 func TestRereadProcess(t *testing.T) {
 	p, ok := readProcess(os.Getpid())
 	require.True(t, ok)
-	q, ok := rereadProcess(os.Getpid(), &p, make([]byte, 4096))
-	require.True(t, ok)
-	assert.Equal(t, p.Command, q.Command)
-	assert.Equal(t, p.UID, q.UID)
+	var s snapshots
+	defer s.close()
+	for range 2 * fullLook { // from its open file but for the first time
+		q, ok := s.read(os.Getpid(), &p, make([]byte, 4096))
+		require.True(t, ok)
+		assert.Equal(t, p.Command, q.Command)
+		assert.Equal(t, p.UID, q.UID)
+		assert.Equal(t, p.StartMS, q.StartMS)
+		assert.Len(t, s.files, 1)
+	}
 	assert.True(t, sameProcess(&p, &p))
 	for i, change := range []func(*proto.Process){
 		func(p *proto.Process) { p.Nice++ }, func(p *proto.Process) { p.Affinity = []byte{9} }, func(p *proto.Process) { p.UserMS++ },
@@ -242,7 +248,7 @@ func TestRereadProcess(t *testing.T) {
 		change(&r)
 		assert.False(t, sameProcess(&p, &r), strconv.Itoa(i))
 	}
-	_, ok = rereadProcess(1<<22, &p, make([]byte, 4096))
+	_, ok = s.read(1<<22, &p, make([]byte, 4096))
 	assert.False(t, ok)
 	assert.Positive(t, strings.Count(bootID(), "-"))
 }

@@ -6,17 +6,18 @@ import (
 	"bytes"
 	"cmp"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"os"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gondola-vmm/gondola/guestagent/procfs"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 )
 
@@ -32,6 +33,10 @@ type snapshots struct {
 	owners   map[uint64]owner
 	searched map[uint64]int
 	resume   int // the pid where the budget of the last one was spent
+	files    map[int]*statFile
+	// resumeOwners is the pid where the search for owners was cut off, after so many
+	// of a whole round.
+	resumeOwners, round int
 }
 
 type owner struct {
@@ -46,7 +51,11 @@ type connKey struct {
 
 func keyOf(c *proto.Connection) connKey { return connKey{c.Protocol, c.Local, c.Remote, c.Inode} }
 
-const maxSearches = 3
+const (
+	maxSearches = 3
+	// fewOwners is how many processes are searched for sockets in any case.
+	fewOwners = 4
+)
 
 // cpuTime is this thread's.
 func cpuTime() uint64 {
@@ -64,6 +73,9 @@ func (a *Agent) snapshot(c *proto.Call, req *proto.SnapshotRequest) (any, error)
 	began := cpuTime()
 	budget := cmp.Or(req.BudgetUS, proto.DefaultBudgetUS)
 	spent := func() bool { return cpuTime()-began > budget }
+	// However many processes there are, some time is left for connections: who
+	// talks is what rules go by.
+	most := func() bool { return cpuTime()-began > budget/4*3 }
 
 	s := &a.snaps
 	s.mu.Lock()
@@ -84,7 +96,7 @@ func (a *Agent) snapshot(c *proto.Call, req *proto.SnapshotRequest) (any, error)
 	if len(pids) > proto.MaxList {
 		pids, r.Info.Truncated = pids[:proto.MaxList], true
 	}
-	if err := s.processes(w, pids, &r, spent); err != nil {
+	if err := s.processes(w, pids, &r, most); err != nil {
 		return nil, err
 	}
 	if req.Connections {
@@ -98,19 +110,25 @@ func (a *Agent) snapshot(c *proto.Call, req *proto.SnapshotRequest) (any, error)
 	return r, nil
 }
 
-func bootID() string {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+// bootID is the kernel's, which does not change.
+var bootID = sync.OnceValue(func() string {
+	b, err := procfs.ReadAll("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return ""
 	}
 	return strings.TrimSpace(string(b))
-}
+})
 
 // processes sends those that changed, as far as there is time, and all that ended.
 func (s *snapshots) processes(w io.Writer, pids []int, r *proto.Snapshot, spent func() bool) error {
 	alive := make(map[int]bool, len(pids))
 	for _, pid := range pids {
 		alive[pid] = true
+	}
+	for pid := range s.files {
+		if !alive[pid] {
+			s.closeStat(pid)
+		}
 	}
 	for pid := range s.procs {
 		if !alive[pid] {
@@ -130,7 +148,7 @@ func (s *snapshots) processes(w io.Writer, pids []int, r *proto.Snapshot, spent 
 			return nil
 		}
 		old := s.procs[pid]
-		p, ok := rereadProcess(pid, old, buf)
+		p, ok := s.read(pid, old, buf)
 		if !ok {
 			if old != nil {
 				if err := s.gone(w, pid); err != nil {
@@ -163,32 +181,78 @@ func sameProcess(x, y *proto.Process) bool {
 		x.User == y.User && bytes.Equal(x.Affinity, y.Affinity)
 }
 
-// rereadProcess reads one process, and of one that has not run since nothing but its
-// stat and affinity.
-func rereadProcess(pid int, old *proto.Process, buf []byte) (*proto.Process, bool) {
-	var p proto.Process
-	if old == nil {
-		p, ok := readProcess(pid)
-		return &p, ok
+// statFile is a process's open /proc/PID/stat: to read it again takes one system call,
+// and it never is another process's. It does not keep the process.
+type statFile struct {
+	fd    int
+	looks int // since all of the process was read
+}
+
+const (
+	// maxStatFiles bounds the files that are kept open.
+	maxStatFiles = 512
+	// fullLook: of a process that has run, command and user are read in every so
+	// manieth look at it, and whenever its name or size has changed.
+	fullLook = 8
+)
+
+// stat reads a process's stat into buf.
+func (s *snapshots) stat(pid int, buf []byte) ([]byte, *statFile, error) {
+	if f := s.files[pid]; f != nil {
+		if n, err := procfs.ReadAt(f.fd, buf, 0); err == nil && n > 0 {
+			return buf[:n], f, nil
+		}
+		s.closeStat(pid) // it has ended; its number may be another's by now
 	}
-	fd, err := unix.Open("/proc/"+strconv.Itoa(pid)+"/stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(procDir(pid)+"/stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
+		return nil, nil, err
+	}
+	f := &statFile{fd: fd, looks: fullLook}
+	n, err := procfs.ReadAt(fd, buf, 0)
+	if err != nil || len(s.files) >= maxStatFiles {
+		unix.Close(fd)
+	} else {
+		if s.files == nil {
+			s.files = map[int]*statFile{}
+		}
+		s.files[pid] = f
+	}
+	return buf[:n], f, err
+}
+
+func (s *snapshots) closeStat(pid int) {
+	if f := s.files[pid]; f != nil {
+		unix.Close(f.fd)
+		delete(s.files, pid)
+	}
+}
+
+// close frees what is kept between snapshots.
+func (s *snapshots) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for pid := range s.files {
+		s.closeStat(pid)
+	}
+}
+
+// read reads one process, and of one that is known what may have changed.
+func (s *snapshots) read(pid int, old *proto.Process, buf []byte) (*proto.Process, bool) {
+	var p proto.Process
+	stat, f, err := s.stat(pid, buf)
+	if err != nil || !parseStat(stat, &p) {
 		return nil, false
 	}
-	n, err := unix.Read(fd, buf)
-	unix.Close(fd)
-	if err != nil || !parseStat(buf[:n], &p) {
-		return nil, false
+	ran := func() bool { return p.UserMS != old.UserMS || p.SystemMS != old.SystemMS }
+	if old == nil || p.StartMS != old.StartMS || p.Name != old.Name || p.VSize != old.VSize || ran() && f.looks >= fullLook ||
+		old.Command == "" && !p.Kernel { // which an exec under way had not set yet
+		f.looks = 1
+		return &p, complete(&p, pid, buf)
 	}
-	if p.StartMS != old.StartMS || p.Name != old.Name || p.UserMS != old.UserMS || p.SystemMS != old.SystemMS || p.VSize != old.VSize {
-		p, ok := readProcess(pid) // it may have become another program or another user's
-		return &p, ok
-	}
+	f.looks++
 	p.UID, p.Command = old.UID, old.Command
-	var mask unix.CPUSet
-	if unix.SchedGetaffinity(pid, &mask) == nil {
-		p.Affinity = affinity(&mask)
-	}
+	readAffinity(&p, pid)
 	return &p, true
 }
 
@@ -266,11 +330,28 @@ func (s *snapshots) findOwners(conns []proto.Connection, spent func() bool) {
 	if len(missing) == 0 {
 		return
 	}
-	for pid, p := range s.procs {
+	pids := slices.Sorted(maps.Keys(s.procs))
+	from, _ := slices.BinarySearch(pids, s.resumeOwners)
+	s.resumeOwners = 0
+	s.round += len(pids)
+	looked := 0
+	for i := range pids {
+		pid := pids[(from+i)%len(pids)]
+		p := s.procs[pid]
 		if p.Kernel {
 			continue
 		}
-		if len(missing) == 0 || spent() {
+		if len(missing) == 0 {
+			break
+		}
+		// A few are looked at even if processes and sockets have taken all the time, or
+		// a slow guest's owners would never be found.
+		if looked++; looked > fewOwners && spent() {
+			s.resumeOwners = pid
+			if s.round -= len(pids) - i; s.round < len(pids) {
+				s.searched = before // not all were looked at: it does not count
+				return
+			}
 			break
 		}
 		for inode := range socketOwners([]int{pid}) {
@@ -280,6 +361,7 @@ func (s *snapshots) findOwners(conns []proto.Connection, spent func() bool) {
 			}
 		}
 	}
+	s.round = 0
 	for inode := range missing {
 		searched[inode] = before[inode] + 1
 	}

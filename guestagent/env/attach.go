@@ -99,7 +99,7 @@ func (e *Env) Detach() error {
 	if dir.Dev == store.Dev {
 		return fmt.Errorf("%w: %s is not on a disk of its own; rm removes it", ErrDisk, e.Name)
 	}
-	l, err := e.lock(unix.LOCK_EX)
+	l, err := e.lockAlone()
 	if err != nil {
 		return err
 	}

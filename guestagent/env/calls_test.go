@@ -9,8 +9,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/stretchr/testify/assert"
@@ -106,6 +109,56 @@ func TestForkBomb(t *testing.T) {
 	require.NoError(t, err, out)
 	// Nobody holds the environment any more.
 	require.NoError(t, e.Remove())
+	if ownCgroup() == "" {
+		return // see docs/env.md for what a killed supervisor leaves then
+	}
+	assert.Eventually(t, func() bool { return !bombs(t) }, 10*time.Second, 10*time.Millisecond)
+
+	e = w.create("again", "")
+	// start gives the process of a run that has its bomb, and the supervisor's number.
+	start := func() (*exec.Cmd, int) {
+		cmd := w.command(e, w.self(), "helper", "forkbomb", "stay")
+		in, err := cmd.StdinPipe()
+		require.NoError(t, err)
+		require.NoError(t, cmd.Start())
+		pid := 0
+		require.Eventually(t, func() bool {
+			pid = supervisorOf(cmd.Process.Pid)
+			return pid != 0
+		}, 10*time.Second, 10*time.Millisecond)
+		_, err = in.Write([]byte("x"))
+		require.NoError(t, err)
+		require.Eventually(t, func() bool { return bombs(t) }, 10*time.Second, 10*time.Millisecond)
+		return cmd, pid
+	}
+	cmd, supervisor := start()
+	require.NoError(t, syscall.Kill(supervisor, syscall.SIGKILL))
+	require.Error(t, cmd.Wait())
+	assert.Eventually(t, func() bool { return !bombs(t) }, 10*time.Second, 10*time.Millisecond)
+
+	// All of them are killed: then the next run ends what is left.
+	cmd, _ = start()
+	require.NoError(t, cmd.Process.Kill())
+	require.Error(t, cmd.Wait())
+	w.sh(e, "true")
+	assert.Eventually(t, func() bool { return !bombs(t) }, 10*time.Second, 10*time.Millisecond)
+}
+
+// bombs tells whether processes of the user of forkbomb run.
+func bombs(t *testing.T) bool {
+	procs, err := os.ReadDir("/proc")
+	require.NoError(t, err)
+	for _, p := range procs {
+		var st unix.Stat_t
+		if _, err := strconv.Atoi(p.Name()); err != nil || unix.Stat("/proc/"+p.Name(), &st) != nil || st.Uid != 65533 {
+			continue
+		}
+		stat, err := os.ReadFile("/proc/" + p.Name() + "/stat")
+		if i := bytes.LastIndexByte(stat, ')'); err == nil && i >= 0 && !bytes.HasPrefix(stat[i:], []byte(") Z")) {
+			return true
+		}
+	}
+	return false
 }
 
 // TestFullDisk: the disk ends in the middle of a copy. The program is told, and
@@ -179,7 +232,7 @@ func TestHostileArchives(t *testing.T) {
 // TestDamagedDirectory: an environment that somebody else has prepared.
 func TestDamagedDirectory(t *testing.T) {
 	w := newWorld(t)
-	for _, n := range []string{"root", "work", "jail", "lock", "table.yaml", "catalog.json", "running"} {
+	for _, n := range []string{"root", "work", "jail", "lock", "table.yaml", "catalog.json", "catalog.log", "running"} {
 		e := w.create("x", "")
 		require.NoError(t, os.RemoveAll(filepath.Join(e.Dir, n)))
 		require.NoError(t, os.Symlink(w.base, filepath.Join(e.Dir, n)))
@@ -213,4 +266,44 @@ func TestPowerCut(t *testing.T) {
 	n, _ := old.Read(b)
 	assert.NotContains(t, string(b[:n]), "/opt/y")
 	assert.Contains(t, string(b[:n]), "/opt/x")
+}
+
+// TestCatalogLog: what runs add is there at once, whatever a power cut has left of
+// it, and becomes part of the catalogue in time.
+func TestCatalogLog(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("log", "")
+	add := func(name string, n int) {
+		x := &Entry{Name: name, Type: "file", Action: "read", Outcome: "base", Program: "/bin/sh", Count: int64(n)}
+		require.NoError(t, e.addCatalog(map[entryKey]*Entry{x.key(): x}))
+	}
+	counts := func() map[string]int64 {
+		list, err := e.Catalog()
+		require.NoError(t, err)
+		m := map[string]int64{}
+		for _, x := range list {
+			m[x.Name] = x.Count
+		}
+		return m
+	}
+	add("/a", 1)
+	add("/a", 2)
+	add("/b", 1)
+	assert.Equal(t, map[string]int64{"/a": 3, "/b": 1}, counts())
+	log := filepath.Join(e.Dir, catalogLog)
+	b, err := os.ReadFile(log)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(log, b[:len(b)-10], 0o644))
+	add("/c", 1)
+	assert.Equal(t, map[string]int64{"/a": 3, "/c": 1}, counts())
+	for i := 0; ; i++ {
+		add(fmt.Sprintf("/many/%s%d", strings.Repeat("x", 3000), i), 1)
+		if _, err := os.Stat(log); err != nil {
+			break
+		}
+		require.Less(t, i, 1000, "it is never written")
+	}
+	assert.Equal(t, int64(3), counts()["/a"])
+	add("/a", 1)
+	assert.Equal(t, int64(4), counts()["/a"])
 }

@@ -27,12 +27,16 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/gondola-vmm/gondola/guestagent/env/table"
 )
 
 // The test binary is gondola-env, and the programs that run in environments.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
+		case "command":
+			os.Exit(Main(os.Args[2:]))
 		case superviseCommand, enterCommand, "run":
 			os.Exit(Main(os.Args[1:]))
 		case "helper":
@@ -274,6 +278,31 @@ rules:
 	assert.True(t, refused)
 }
 
+// Rules for kinds of what has a path.
+func TestTypes(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("types", fmt.Sprintf(`
+version: 1
+fet: [/]
+rules:
+  - {type: device, name: "/dev/f*", redirect: "/dev/zero"}
+  - {name: "/dev/**", pass: true}
+  - {name: "/proc/**", pass: true}
+  - {type: dir, name: "%[1]s/conf", refuse: EACCES}
+  - {type: dir, name: "%[1]s/a", refuse: EACCES}
+  - {type: fifo, name: "%[1]s/**", action: create, refuse: EPERM}
+  - {type: dir, name: "%[1]s/no*", action: create, refuse: EROFS}
+  - {type: file, name: "%[1]s/d/deep", refuse: ENOENT}
+`, w.base))
+	w.shAll(e, [][2]string{
+		{"cat conf/app 2>/dev/null || echo no; cat a", "no\na\n"},
+		{"mkfifo p 2>/dev/null || echo no; ls", "no\na\nb\nconf\nd\ndirlink\nlink\nscript\n"},
+		{"echo x > /dev/full && echo zero; ls -d /dev/fd", "zero\n/dev/fd\n"},
+		{"mkdir nodir 2>/dev/null || echo no; echo yes > nofile; cat nofile", "no\nyes\n"},
+		{"ls d", "x\ny\n"}, // file stands for all that has a path
+	})
+}
+
 func (s Store) cli(args ...string) error {
 	_, err := command(s, args, io.Discard)
 	return err
@@ -343,6 +372,14 @@ func TestRaces(t *testing.T) {
 	assert.Contains(t, out, "never read")
 }
 
+// TestTimerSlack: programs have the timers of their caller, not the supervisor's.
+func TestTimerSlack(t *testing.T) {
+	w := newWorld(t)
+	own, err := os.ReadFile("/proc/self/timerslack_ns")
+	require.NoError(t, err)
+	assert.Equal(t, string(own)+string(own), w.sh(w.create("slack", ""), "cat /proc/self/timerslack_ns; sh -c 'cat /proc/self/timerslack_ns'"))
+}
+
 func TestEscapes(t *testing.T) {
 	w := newWorld(t)
 	e := w.create("escape", "")
@@ -360,11 +397,56 @@ func TestCredentials(t *testing.T) {
 	require.NoError(t, os.WriteFile(filepath.Join(w.base, "secret"), []byte("s"), 0o600))
 	w.sum = hashTree(t, w.base)
 	e := w.create("cred", "")
+	// Messages, whose text the supervisor reads out of a process that shows it to the
+	// superuser alone.
+	w.inside(e, "send")
 	out, err := w.run(e, "/bin/sh", "-c", `mkdir -m 777 pub; setpriv --reuid 65534 --regid 65534 --clear-groups sh -c '
 		cat secret; echo x > a; rm -f b; rm -rf d; mv b pub/; chmod 777 secret; touch none; touch pub/mine; cat a; stat -c "%u %n" pub/mine' 2>/dev/null
 		ls; stat -c %a secret`)
 	require.NoError(t, err, out)
+	// The rights to search directories that the environment has changed hold for the
+	// base's files in them, also once it is known whose they are.
+	out2, err := w.run(e, "/bin/sh", "-c", `chmod 700 d conf; cat d/x d/x d/deep/er/z conf/app; setpriv --reuid 65534 --regid 65534 --clear-groups sh -c '
+		cat d/x; cat d/deep/er/z; cat conf/app; ls d; echo end' 2>/dev/null`)
+	require.NoError(t, err, out2)
+	assert.Equal(t, "x\nx\nz\none\nend\n", out2)
 	assert.Equal(t, "a\n65534 pub/mine\na\nb\nconf\nd\ndirlink\nlink\npub\nscript\nsecret\n600\n", out)
+}
+
+// TestUnprivileged: it works for a user without rights, who has no more of them inside.
+func TestUnprivileged(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("this test needs root")
+	}
+	w := newWorld(t)
+	require.NoError(t, os.WriteFile(filepath.Join(w.base, "secret"), []byte("s"), 0o600))
+	w.sum = hashTree(t, w.base)
+	// Where everybody can go, and no environment has its own.
+	dir, err := os.MkdirTemp("/var/lib", ".gondola-test-")
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, os.RemoveAll(dir)) })
+	require.NoError(t, os.Chmod(dir, 0o755))
+	require.NoError(t, exec.Command("cp", "-a", w.base, dir+"/base").Run())
+	require.NoError(t, os.Remove(dir+"/base/dirlink"))
+	prog, err := os.ReadFile(w.self())
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(dir+"/prog", prog, 0o755))
+	require.NoError(t, os.Mkdir(dir+"/envs", 0o755))
+	require.NoError(t, os.Chown(dir+"/envs", 65534, 65534))
+	sum := hashTree(t, dir+"/base")
+	for _, args := range [][]string{{"command", "create", "mine"}, {"run", "--dir", dir + "/base", "mine", "--", "/bin/sh", "-c",
+		`id -u; echo more >> a; cat a; rm b; mkdir -p d/new; mv d/x d/new/; ls . d; cat secret 2>/dev/null || echo no; grep -c " /proc " /proc/self/mounts`}} {
+		cmd := exec.Command(dir+"/prog", args...)
+		cmd.Dir = "/"
+		cmd.Env = append(os.Environ(), StoreVariable+"="+dir+"/envs")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, string(out))
+		if args[0] == "run" {
+			assert.Equal(t, "0\na\nmore\n.:\na\nconf\nd\nlink\nscript\nsecret\n\nd:\ndeep\nnew\ny\nno\n1\n", string(out))
+		}
+	}
+	assert.Equal(t, sum, hashTree(t, dir+"/base"))
 }
 
 // TestLiveTable changes the table under a running program.
@@ -396,11 +478,8 @@ func TestSupervisorKilled(t *testing.T) {
 	_, err = out.Read(make([]byte, 10))
 	require.NoError(t, err)
 	time.Sleep(50 * time.Millisecond)
-	children, err := exec.Command("pgrep", "-P", fmt.Sprint(cmd.Process.Pid)).Output()
-	require.NoError(t, err)
-	pid := 0
-	_, err = fmt.Sscan(string(children), &pid)
-	require.NoError(t, err)
+	pid := supervisorOf(cmd.Process.Pid)
+	require.NotZero(t, pid)
 	require.NoError(t, syscall.Kill(pid, syscall.SIGKILL))
 	require.Error(t, cmd.Wait())
 	assert.Equal(t, "ok\n", w.sh(e, "echo ok > a; cat a")) // and it can be used again
@@ -429,7 +508,7 @@ func TestPack(t *testing.T) {
 	e := w.create("pack", "")
 	w.sh(e, "echo changed > a; rm b; ln a hard; ln -s a sym; mkfifo p; cp /bin/true prog; rm -r d; mkdir d; cat conf/app")
 	var file bytes.Buffer
-	require.NoError(t, e.Pack(&file))
+	require.NoError(t, e.Pack(&file, false))
 	_, err := w.store.Unpack(bytes.NewReader(file.Bytes()), "")
 	require.ErrorIs(t, err, ErrExists)
 	f, err := w.store.Unpack(bytes.NewReader(file.Bytes()), "copy")
@@ -476,120 +555,90 @@ func TestPack(t *testing.T) {
 func TestCommandLine(t *testing.T) {
 	w := newWorld(t)
 	bogus := filepath.Join(w.base, "a")
+	loop := filepath.Join(filepath.Dir(w.base), "loop.yaml")
+	require.NoError(t, os.WriteFile(loop, []byte("version: 1\nrules: [{name: /a, redirect: /a}]"), 0o600))
 	for _, c := range []struct {
 		args []string
 		err  error
+		text string // of the output, or of the error
 	}{
-		{[]string{"attach", "y", bogus}, ErrDisk}, {[]string{"attach", "y"}, errUsage}, {[]string{"detach", "y"}, ErrNone},
-		{[]string{"bogus"}, errUsage}, {[]string{"create"}, errUsage}, {[]string{"create", "../x"}, ErrName},
-		{[]string{"create", "x"}, nil}, {[]string{"create", "x"}, ErrExists}, {[]string{"ls", "--json"}, nil},
-		{[]string{"run", "nothere"}, ErrNone}, {[]string{"explain", "x"}, errUsage}, {[]string{"explain", "x", "/a"}, nil},
-		{[]string{"ls", "--off"}, errUsage}, {[]string{"table", "x"}, nil}, {[]string{"catalog", "x"}, nil},
-		{[]string{"check", "--json", "x"}, nil}, {[]string{"detach", "x"}, ErrDisk}, {[]string{"explain", "--json", "x", "/a"}, nil}, {[]string{"rm", "x"}, nil}, {[]string{"rm", "x"}, ErrNone},
+		{[]string{"attach", "y", bogus}, ErrDisk, "no block device"},
+		{[]string{"attach", "y"}, errUsage, "usage: gondola-env attach"},
+		{[]string{"detach", "y"}, ErrNone, "create makes one"},
+		{nil, errUsage, "help lists them"},
+		{[]string{"bogus"}, errUsage, `no command "bogus"`},
+		{[]string{"help"}, nil, "  unpack "},
+		{[]string{"help", "run"}, nil, "--dir DIR"},
+		{[]string{"explain", "x", "--help"}, nil, "usage: gondola-env explain"},
+		{[]string{"create"}, errUsage, "which environment?"},
+		{[]string{"create", "x", "y"}, errUsage, `"y" is too much`},
+		{[]string{"create", "../x"}, ErrName, "letters, digits"},
+		{[]string{"create", "--hostname", "no/name", "x"}, ErrHostname, "no/name"},
+		{[]string{"create", "--hostname=-x", "x"}, ErrHostname, "-x"},
+		{[]string{"create", "--table", loop, "x"}, table.ErrLoop, loop + ": redirection loop: rule 1 (line 2)"},
+		{[]string{"create", "--hostname", "h1.example", "x"}, nil, ""},
+		{[]string{"create", "x"}, ErrExists, "choose another"},
+		{[]string{"ls", "--json"}, nil, `"hostname":"h1.example"`},
+		{[]string{"ls", "x"}, errUsage, "too much"},
+		{[]string{"ls", "--off"}, errUsage, "no option --off"},
+		{[]string{"run", "nothere"}, ErrNone, "nothere"},
+		{[]string{"run", "x", "--dir", "/"}, errUsage, "options go before it"},
+		{[]string{"explain", "x"}, errUsage, "missing"},
+		{[]string{"explain", "x", "relative"}, errUsage, "neither a path"},
+		{[]string{"explain", "x", "/a\x00b"}, errUsage, "NUL"},
+		{[]string{"explain", "x", "/a\xff"}, errUsage, "UTF-8"},
+		{[]string{"explain", "x", "/" + strings.Repeat("a/", 3000)}, errUsage, "6001 bytes"},
+		{[]string{"explain", "x", "/a", "--type", "nope"}, errUsage, "known are file"},
+		{[]string{"explain", "x", "mq:/a", "--type", "socket"}, errUsage, "is of type mq"},
+		{[]string{"explain", "x", "/a"}, nil, "not changed"},
+		{[]string{"explain", "x", "/a", "--json"}, nil, `"state":"same"`},
+		{[]string{"add", "x"}, errUsage, "missing"},
+		{[]string{"add", "x", "relative"}, errUsage, "neither a path"},
+		{[]string{"add", "--to", "no", "x", "/a"}, errUsage, "fit, fet or needs"},
+		{[]string{"table", "x", "--set", loop}, table.ErrLoop, "the old table stays"},
+		{[]string{"table", "x"}, nil, "version: 1"},
+		{[]string{"enforce", "x"}, errNoNeeds, "consolidate --save x"},
+		{[]string{"catalog", "x"}, nil, "OUTCOME"},
+		{[]string{"catalog", "--json", "x"}, nil, "[]"},
+		{[]string{"check", "--json", "x"}, nil, "[]"},
+		{[]string{"detach", "x"}, ErrDisk, "rm removes it"},
+		{[]string{"unpack", loop}, ErrArchive, loop + ": bad archive: not a packed environment"},
+		{[]string{"pack", "x", filepath.Join(bogus, "b")}, unix.ENOTDIR, bogus},
+		{[]string{"pack", "x", "/dev/null"}, nil, ""},
+		{[]string{"rm", "none", "x"}, ErrNone, "none"},
+		{[]string{"rm", "x"}, ErrNone, "x"},
 	} {
 		var out bytes.Buffer
 		_, err := command(w.store, c.args, &out)
-		assert.ErrorIs(t, err, c.err, "%v", c.args)
+		text := out.String()
+		if assert.ErrorIs(t, err, c.err, "%v", c.args); err != nil {
+			text = err.Error()
+		}
+		assert.Contains(t, text, c.text, "%v", c.args)
 	}
+	null, err := os.Stat("/dev/null")
+	require.NoError(t, err)
+	assert.NotZero(t, null.Mode()&fs.ModeCharDevice)
 }
 
-// BenchmarkEnv measures calls on the base, in an environment, under proot and on
-// an overlay mount that holds the same tree.
-func BenchmarkEnv(b *testing.B) {
-	dir, err := os.MkdirTemp(".", ".test-")
-	require.NoError(b, err)
-	b.Cleanup(func() { _ = os.RemoveAll(dir) })
-	dir, err = filepath.Abs(dir)
-	require.NoError(b, err)
-	prog := filepath.Join(dir, "helper")
-	exe, err := os.ReadFile("/proc/self/exe")
-	require.NoError(b, err)
-	require.NoError(b, os.WriteFile(prog, exe, 0o755))
-	tree := filepath.Join(dir, "tree")
-	require.NoError(b, os.MkdirAll(filepath.Join(tree, "a/b/many"), 0o755))
-	for i := range 1000 {
-		require.NoError(b, os.WriteFile(filepath.Join(tree, "a/b/many", fmt.Sprint(i)), []byte("text"), 0o644))
+// TestState: explain says what has become of a name, ls and rm what is damaged.
+func TestState(t *testing.T) {
+	w := newWorld(t)
+	e := w.create("state", "")
+	w.sh(e, "echo more >> a; rm b; rm -r d; mkdir d; touch conf/new")
+	for name, want := range map[string]string{"a": "changed", "b": "deleted", "d": "changed", "d/x": "deleted", "conf": "merged", "conf/app": "same", "conf/new": "changed", "script": "same", "a/x": "deleted"} {
+		assert.Equal(t, want, e.state(filepath.Join(w.base, name)), name)
 	}
-	store := Store{filepath.Join(dir, "envs")}
-	_, err = store.Create("bench", "", nil)
-	require.NoError(b, err)
-	over := filepath.Join(dir, "over")
-	for _, d := range []string{over, dir + "/up", dir + "/work"} {
-		require.NoError(b, os.Mkdir(d, 0o755))
-	}
-	mounted := unix.Mount("overlay", over, "overlay", 0, "lowerdir="+tree+",upperdir="+dir+"/up,workdir="+dir+"/work") == nil
-	if mounted {
-		b.Cleanup(func() { _ = unix.Unmount(over, unix.MNT_DETACH) })
-	}
-	for _, what := range []string{"stat", "open", "readdir", "execve", "read"} {
-		for _, where := range []struct {
-			name, tree string
-			command    []string
-		}{
-			{"base", tree, nil},
-			{"overlay", over, nil},
-			{"env", tree, []string{"/proc/self/exe", "run", "--dir", "/", "bench", "--"}},
-			{"proot", tree, []string{"proot", "-b", tree + ":/mnt"}},
-		} {
-			b.Run(what+"/"+where.name, func(b *testing.B) {
-				if where.name == "overlay" && !mounted {
-					b.Fatal("no overlay mount: root is needed")
-				}
-				args := append(append([]string{}, where.command...), prog, "helper", "bench", what, where.tree, fmt.Sprint(b.N))
-				cmd := exec.Command(args[0], args[1:]...)
-				cmd.Env = append(os.Environ(), StoreVariable+"="+store.Dir)
-				cmd.Stderr = os.Stderr
-				out, err := cmd.Output()
-				require.NoError(b, err, string(out))
-				var ns float64
-				_, err = fmt.Sscan(string(out), &ns)
-				require.NoError(b, err)
-				b.ReportMetric(ns, "ns/call")
-				b.ReportMetric(0, "ns/op")
-			})
-		}
-	}
-}
-
-// bench performs calls and prints the nanoseconds of one.
-func bench(what, tree string, n int) int {
-	file := tree + "/a/b/many/500"
-	fd, err := unix.Open(file, unix.O_RDONLY, 0)
-	if err != nil {
-		return 1
-	}
-	var st unix.Stat_t
-	buf := make([]byte, 32<<10)
-	start := time.Now()
-	for range n {
-		switch what {
-		case "stat":
-			err = unix.Stat(file, &st)
-		case "open":
-			var f int
-			if f, err = unix.Open(file, unix.O_RDONLY, 0); err == nil {
-				unix.Close(f)
-			}
-		case "readdir":
-			var f int
-			if f, err = unix.Open(tree+"/a/b/many", unix.O_RDONLY, 0); err == nil {
-				for m := 1; m > 0 && err == nil; {
-					m, err = unix.Getdents(f, buf)
-				}
-				unix.Close(f)
-			}
-		case "execve":
-			err = exec.Command("/bin/true").Run()
-		case "read":
-			_, err = unix.Pread(fd, buf[:4], 0)
-		}
-		if err != nil {
-			fmt.Println(err)
-			return 1
-		}
-	}
-	fmt.Println(float64(time.Since(start).Nanoseconds()) / float64(n))
-	return 0
+	w.create("sound", "")
+	require.NoError(t, os.Remove(filepath.Join(e.Dir, tableFile)))
+	var out bytes.Buffer
+	require.NoError(t, w.store.ls(&out, false))
+	assert.Regexp(t, `(?s)sound .* idle .*state +- +damaged`, out.String())
+	_, err := w.store.Open("state")
+	require.ErrorIs(t, err, ErrDamaged)
+	require.NoError(t, w.store.remove("state"))
+	_, err = w.store.Open("state")
+	require.ErrorIs(t, err, ErrNone)
 }
 
 func FuzzUnpack(f *testing.F) {
@@ -692,16 +741,26 @@ func helper(args []string) int {
 		return calls(args[1])
 	case "ipc":
 		return ipc(args[1])
+	case "send":
+		return send()
 	case "fsx":
 		return fsx(args[1])
 	case "tree":
 		return tree(args[1], args[2])
 	case "forkbomb":
-		return forkbomb()
+		return forkbomb(len(args) > 1)
 	case "swap":
 		return swap(args[1], args[2])
 	case "race":
 		return race(args[1])
+	case "changed":
+		return changed(args[1])
+	case "changedexec":
+		return changedExec(args[1])
+	case "ends":
+		return nameEnds(args[1])
+	case "names-bad":
+		return namesBad(args[1], args[2], args[3])
 	case "escape":
 		return escape(args[1])
 	case "bench":
@@ -815,7 +874,23 @@ func escape(base string) int {
 	// A descriptor of the base, opened again for writing: the copy is written.
 	fd, err := unix.Open(base+"/a", unix.O_RDONLY, 0)
 	expect("open", err, nil)
-	expect("fchmod of the base's", unix.Fchmod(fd, 0o777), unix.EROFS)
+	// What is done to a descriptor of the base is done to the copy.
+	var mode unix.Stat_t
+	expect("fchmod of the base's", unix.Fchmod(fd, 0o711), nil)
+	expect("futimens", unix.UtimesNanoAt(unix.AT_FDCWD, base+"/b", []unix.Timespec{{Sec: 1}, {Sec: 2}}, 0), nil)
+	expect("fsetxattr", unix.Fsetxattr(fd, "user.of-descriptor", []byte("1"), 0), nil)
+	expect("stat", unix.Stat(base+"/a", &mode), nil)
+	if mode.Mode&0o777 != 0o711 {
+		expect(fmt.Sprintf("mode %o", mode.Mode), unix.EINVAL)
+	}
+	if n, err := unix.Getxattr(base+"/a", "user.of-descriptor", make([]byte, 5)); n != 1 {
+		expect("getxattr", err, unix.EINVAL)
+	}
+	gone, err := unix.Open(base+"/d/deep/er/z", unix.O_RDONLY, 0)
+	expect("open", err, nil)
+	expect("unlink", unix.Unlink(base+"/d/deep/er/z"), nil)
+	expect("fchmod of what is deleted", unix.Fchmod(gone, 0o711), unix.EROFS)
+	expect("fchown of what is deleted", unix.Fchown(gone, 1, 1), unix.EROFS)
 	again, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", fd), unix.O_RDWR, 0)
 	expect("open again", err, nil)
 	_, err = unix.Write(again, []byte("changed"))

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -18,6 +19,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -217,6 +219,35 @@ func calls(base string) int {
 	c.is("in a directory that is gone", err, unix.ENOENT)
 	c.is("rename of .", os.Rename(base+"/d/.", base+"/x").(*os.LinkError).Err, unix.EBUSY)
 
+	// A signal ends the wait for the other end of a FIFO.
+	c.ok("mkfifo", unix.Mkfifo(base+"/fifo", 0o600))
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGUSR1)
+	tid, end := make(chan int), make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		tid <- unix.Gettid()
+		fd, err := unix.Open(base+"/fifo", unix.O_RDONLY, 0) // the runtime's handlers restart calls
+		if err == nil {
+			unix.Close(fd)
+		}
+		end <- err
+	}()
+	opener := <-tid
+	for i := 0; i < 3; i++ {
+		time.Sleep(20 * time.Millisecond)
+		c.ok("tgkill", unix.Tgkill(os.Getpid(), opener, unix.SIGUSR1))
+		select {
+		case <-caught:
+		case <-time.After(10 * time.Second):
+			c.ok("signal", fmt.Errorf("it does not come while the program waits for a FIFO"))
+		}
+	}
+	w, err := os.OpenFile(base+"/fifo", os.O_WRONLY, 0)
+	c.ok("the other end", err)
+	c.ok("open", <-end)
+	w.Close()
+
 	// A tree deeper than a path is long.
 	c.ok("chdir", unix.Chdir(base))
 	long := strings.Repeat("d", 200)
@@ -279,14 +310,73 @@ func ipc(how string) int {
 	return 0
 }
 
-// forkbomb starts what makes processes until it may have no more, and ends.
-func forkbomb() int {
-	// The limit does not hold for the superuser.
-	cmd := exec.Command("/bin/sh", "-c", "cd /; ulimit -u 100; f() { while :; do f & done; }; f & f & sleep 0.3")
+// send gives its rights up and sends messages.
+func send() int {
+	var c checker
+	runtime.LockOSThread()
+	// All threads: these calls are the process's in Go.
+	c.ok("setgroups", syscall.Setgroups(nil))
+	c.ok("setgid", syscall.Setresgid(65534, 65534, 65534))
+	c.ok("setuid", syscall.Setresuid(65534, 65534, 65534))
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM, 0)
+	c.ok("socketpair", err)
+	type msg struct {
+		h   unix.Msghdr
+		len uint32
+		_   uint32
+	}
+	texts := [2][]byte{[]byte("one"), []byte("three")}
+	var iov [2]unix.Iovec
+	var list [2]msg
+	for i := range list {
+		iov[i].Base = &texts[i][0]
+		iov[i].SetLen(len(texts[i]))
+		list[i].h.Iov, list[i].h.Iovlen = &iov[i], 1
+	}
+	n, _, e := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(pair[0]), ptr((*byte)(unsafe.Pointer(&list))), 2, 0, 0, 0)
+	if c.is("sendmmsg", e, syscall.Errno(0)) {
+		c.is("messages", int(n), 2)
+		c.is("lengths", fmt.Sprint(list[0].len, list[1].len), "3 5")
+		b := make([]byte, 20)
+		for i := range texts {
+			n, err := unix.Read(pair[1], b)
+			c.ok("read", err)
+			c.is("text", string(b[:max(n, 0)]), string(texts[i]))
+		}
+	}
+	c.ok("who sends", unix.SetsockoptInt(pair[1], unix.SOL_SOCKET, unix.SO_PASSCRED, 1))
+	c.ok("sendmsg", unix.Sendmsg(pair[0], []byte("x"), nil, nil, 0))
+	oob := make([]byte, 100)
+	_, m, _, _, err := unix.Recvmsg(pair[1], make([]byte, 5), oob, 0)
+	c.ok("recvmsg", err)
+	got, err := unix.ParseSocketControlMessage(oob[:m])
+	if c.ok("control", err) && c.is("credentials", len(got), 1) {
+		cred, err := unix.ParseUnixCredentials(&got[0])
+		c.ok("credentials", err)
+		c.is("user", cred.Uid, uint32(65534))
+	}
+	return c.bad
+}
+
+// forkbomb starts what makes processes until it may have no more, and ends; or it waits
+// for its standard input, starts it, and stays.
+func forkbomb(stay bool) int {
+	if stay {
+		_, _ = os.Stdin.Read(make([]byte, 1))
+	}
+	// The limit does not hold for the superuser, and a shell gives up when it is reached.
+	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: 30, Max: 30}); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	cmd := exec.Command("/usr/bin/perl", "-e", "$SIG{CHLD} = 'IGNORE'; for (;;) { fork; select undef, undef, undef, 0.001 }")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65533, Gid: 65533}}
 	if err := cmd.Start(); err != nil {
 		fmt.Println(err)
 		return 1
+	}
+	if stay {
+		time.Sleep(time.Minute)
 	}
 	time.Sleep(400 * time.Millisecond)
 	return 0

@@ -33,16 +33,28 @@ const checksumsFile = "checksums"
 
 const xattrKey = "SCHILY.xattr."
 
-func (e *Env) packTo(file string, out io.Writer) error {
+func (e *Env) packTo(file string, out io.Writer, base bool) error {
 	if file == "-" {
-		return e.Pack(out)
+		return e.Pack(out, base)
+	}
+	if fi, err := os.Stat(file); err == nil && !fi.Mode().IsRegular() {
+		// A device, a FIFO: it is not replaced.
+		f, err := os.OpenFile(file, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		return errors.Join(e.Pack(f, base), f.Close())
 	}
 	f, err := os.CreateTemp(filepath.Dir(file), ".pack-")
 	if err != nil {
+		var at *fs.PathError
+		if errors.As(err, &at) {
+			err = fmt.Errorf("a file in %s: %w", filepath.Dir(file), at.Err)
+		}
 		return err
 	}
 	defer os.Remove(f.Name())
-	err = e.Pack(f)
+	err = e.Pack(f, base)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -55,14 +67,25 @@ func (e *Env) packTo(file string, out io.Writer) error {
 	return err
 }
 
-// Pack writes the environment as one archive. No program may run in it.
-func (e *Env) Pack(out io.Writer) error {
-	l, err := e.lock(unix.LOCK_EX)
+// Pack writes the environment as one archive. No program may run in it. With base,
+// what its programs have used of the base goes along as the environment's own:
+// libraries, for example, that another base does not have. Devices and the kernel's
+// file systems never do.
+func (e *Env) Pack(out io.Writer, base bool) error {
+	l, err := e.lockAlone()
 	if err != nil {
 		return err
 	}
 	defer l.Close()
 	m, err := e.Manifest()
+	if err != nil {
+		return err
+	}
+	c, err := e.lockCatalog()
+	if err == nil {
+		err = e.writeCatalog()
+		c.Close()
+	}
 	if err != nil {
 		return err
 	}
@@ -99,6 +122,9 @@ func (e *Env) Pack(out io.Writer) error {
 			return err
 		})
 	}
+	if err == nil && base {
+		err = p.base(e.Dir, m.Requires)
+	}
 	if err == nil {
 		err = p.text(checksumsFile, p.sums.Bytes())
 	}
@@ -129,6 +155,57 @@ func (p *packer) text(name string, b []byte) error {
 }
 
 func (p *packer) sum(name string, s [32]byte) { fmt.Fprintf(&p.sums, "%x  %q\n", s, name) }
+
+// base adds files, directories and symbolic links of the base, and the directories
+// on the way. names are sorted.
+func (p *packer) base(dir string, names []string) error {
+	tree := filepath.Join(dir, intercept.Tree)
+	done := map[string]bool{"/": true, "/proc": true, "/sys": true, "/dev": true}
+	var add func(name string) error
+	add = func(name string) error {
+		if done[name] {
+			return nil
+		}
+		done[name] = true
+		if _, err := os.Lstat(filepath.Join(tree, name)); err == nil {
+			return nil
+		}
+		fi, err := os.Lstat(name)
+		if err != nil || fi.Mode()&^fs.ModePerm&^(fs.ModeDir|fs.ModeSymlink|fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 {
+			return nil
+		}
+		if err := add(path.Dir(name)); err != nil {
+			return err
+		}
+		return p.add(name, intercept.Tree+name)
+	}
+	for _, n := range names {
+		if reachable(tree, n) {
+			if err := add(n); err != nil {
+				return fmt.Errorf("%s: %w", n, err)
+			}
+		}
+	}
+	return nil
+}
+
+// reachable says whether the environment's tree, as it is now, shows the base's
+// object of a name.
+func reachable(tree, name string) bool {
+	for d := path.Dir(name); ; d = path.Dir(d) {
+		if fi, err := os.Lstat(filepath.Join(tree, d)); err == nil {
+			if !fi.IsDir() {
+				return false
+			}
+			if _, err := os.Lstat(filepath.Join(tree, d, intercept.Opaque)); err == nil {
+				return false
+			}
+		}
+		if d == "/" {
+			return true
+		}
+	}
+}
 
 func (p *packer) add(file, name string) error {
 	var st unix.Stat_t
@@ -235,6 +312,12 @@ func (s Store) Unpack(in io.Reader, name string) (*Env, error) {
 	if err != nil {
 		if e := unix.Errno(0); errors.As(err, &e) {
 			return nil, err
+		}
+		switch {
+		case errors.Is(err, zstd.ErrMagicMismatch):
+			err = errors.New("not a packed environment")
+		case errors.Is(err, io.ErrUnexpectedEOF):
+			err = errors.New("it is cut off")
 		}
 		return nil, fmt.Errorf("%w: %w", ErrArchive, err)
 	}

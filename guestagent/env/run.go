@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/guestagent/env/intercept"
 	"github.com/gondola-vmm/gondola/guestagent/env/table"
+	"github.com/gondola-vmm/gondola/guestagent/initconf/commands"
 )
 
 // run starts the supervisor in its own mount name space and passes signals on.
@@ -34,13 +36,23 @@ func (e *Env) run(workdir string, args []string) (int, error) {
 	if t.Decide(table.Request{Type: table.Hostname, Name: "hostname:", Action: table.Write}).Outcome != table.Environment {
 		m.Hostname = ""
 	}
+	settle(t)
 	runtime.LockOSThread() // the supervisor dies with this thread
 	cmd := exec.Command("/proc/self/exe", append([]string{superviseCommand, e.Store.Dir, e.Name, workdir, m.Hostname, "--"}, args...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	intercept.Isolated(cmd)
+	fence := newFence()
+	fence.enter(cmd.SysProcAttr)
+	defer fence.Close()
 	sigs := make(chan os.Signal, 16)
 	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
-	if err := cmd.Start(); err != nil {
+	err = cmd.Start()
+	if err != nil && cmd.SysProcAttr.UseCgroupFD {
+		// A kernel before 5.7, or a cgroup that takes nobody: it works without.
+		cmd.SysProcAttr.UseCgroupFD = false
+		err = cmd.Start()
+	}
+	if err != nil {
 		return 0, fmt.Errorf("supervisor: %w", err)
 	}
 	_, err = unix.IoctlGetTermios(0, unix.TCGETS)
@@ -62,6 +74,14 @@ func (e *Env) run(workdir string, args []string) (int, error) {
 		return exit.ExitCode(), nil
 	}
 	return 0, err
+}
+
+// settle gives back what reading a large table has taken: several times what the table
+// takes.
+func settle(t *table.Table) {
+	if t.Len(table.FET)+t.Len(table.FIT)+t.Len(table.Needs) > 5000 {
+		debug.FreeOSMemory()
+	}
 }
 
 // recorder collects the catalogue of a run.
@@ -147,8 +167,25 @@ func (r *recorder) flush() error {
 	return err
 }
 
+// calmRuntime lets the timers of the Go runtime's watcher be late. That thread, the first
+// that the runtime starts, would wake some ten thousand times a second as long as calls
+// come and go, and take a third of the supervisor's processor time. Nothing waits for
+// it. Where this fails it is only slower.
+func calmRuntime() {
+	dir, err := os.Open("/proc/self/task")
+	if err != nil {
+		return
+	}
+	defer dir.Close()
+	// In the order in which they were started.
+	if threads, err := dir.Readdirnames(2); err == nil && len(threads) == 2 {
+		_ = os.WriteFile("/proc/"+threads[1]+"/timerslack_ns", []byte("2000000"), 0) // proc(5)
+	}
+}
+
 // supervise is the supervisor's process.
 func supervise(store, name, workdir, hostname string, args []string) (int, error) {
+	calmRuntime()
 	e, err := Store{store}.Open(name)
 	if err != nil {
 		return 0, err
@@ -158,9 +195,14 @@ func supervise(store, name, workdir, hostname string, args []string) (int, error
 	}
 	l, err := e.lock(unix.LOCK_EX)
 	if err == nil {
-		// Nobody else is here: what a crash has left can go.
-		_ = os.RemoveAll(filepath.Join(e.Dir, intercept.Work))
-		err = os.Mkdir(filepath.Join(e.Dir, intercept.Work), 0o755)
+		// Nobody else is here: what a crash has left can go. The directory stays, as
+		// another run may be about to look for it.
+		work := filepath.Join(e.Dir, intercept.Work)
+		var left []os.DirEntry
+		left, err = os.ReadDir(work)
+		for _, x := range left {
+			_ = os.RemoveAll(filepath.Join(work, x.Name()))
+		}
 		if err == nil {
 			err = unix.Flock(int(l.Fd()), unix.LOCK_SH)
 		}
@@ -185,6 +227,7 @@ func supervise(store, name, workdir, hostname string, args []string) (int, error
 	}
 	var live table.Live
 	live.Store(t)
+	settle(t)
 	r := &recorder{e: e, m: map[noteKey]*Entry{}}
 	if m.Learn {
 		r.learned = map[string]table.List{}
@@ -192,11 +235,27 @@ func supervise(store, name, workdir, hostname string, args []string) (int, error
 	stop := make(chan struct{})
 	defer close(stop)
 	go e.follow(&live, r, stop)
+	guest := guestConfig()
 	code, err := intercept.Supervise(intercept.Config{
+		Applets: guest.Applets, FullArgv0: guest.FullArgv0,
 		Store: e.Store.Dir, Dir: e.Dir, Args: args, Env: os.Environ(), WorkDir: workdir, Hostname: hostname,
-		Table: &live, Note: r.note, Enter: []string{"gondola-env", enterCommand},
+		Table: &live, Note: r.note, Fenced: fenced(), Enter: []string{"gondola-env", enterCommand},
 	})
-	return code, errors.Join(err, r.flush())
+	if e := r.flush(); e != nil {
+		// The program's exit code is worth more.
+		fmt.Fprintf(os.Stderr, "gondola-env: catalogue: %v\n", e)
+	}
+	return code, err
+}
+
+// guestConfig is what a guest's init was told; elsewhere, or if it cannot be read,
+// nothing.
+func guestConfig() (c commands.Config) {
+	b, err := os.ReadFile(commands.Path)
+	if err == nil {
+		c, _ = commands.Unmarshal(b)
+	}
+	return c
 }
 
 // follow takes changes of the table over and saves the catalogue, until stop.
@@ -215,14 +274,15 @@ func (e *Env) follow(live *table.Live, r *recorder, stop <-chan struct{}) {
 			// A table that does not parse changes nothing.
 			if t, err := e.Table(); err == nil {
 				live.Store(t)
+				settle(t)
 			} else {
-				fmt.Fprintf(os.Stderr, "gondola-agent: the old table stays: %v\n", err)
+				fmt.Fprintf(os.Stderr, "gondola-env: the old table stays: %v\n", err)
 			}
 			last = now
 		}
 		if n%10 == 0 {
 			if err := r.flush(); err != nil {
-				fmt.Fprintf(os.Stderr, "gondola-agent: catalogue: %v\n", err)
+				fmt.Fprintf(os.Stderr, "gondola-env: catalogue: %v\n", err)
 			}
 		}
 	}

@@ -5,6 +5,8 @@
 package env
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,6 +33,10 @@ var (
 	ErrNone = errors.New("no such environment")
 	// ErrExists: there is one of that name already.
 	ErrExists = errors.New("the environment exists")
+	// ErrDamaged: its directory is not what it should be.
+	ErrDamaged = errors.New("the environment is damaged")
+	// ErrHostname: not a host name.
+	ErrHostname = errors.New("bad host name")
 	// ErrBusy: programs run in it.
 	ErrBusy = errors.New("the environment is in use")
 	// ErrArchive: not a packed environment, or a damaged one.
@@ -87,12 +93,14 @@ const (
 	manifestFile = "manifest.json"
 	tableFile    = "table.yaml"
 	catalogFile  = "catalog.json"
+	catalogLog   = "catalog.log"
 	runLock      = "running"
 )
 
 // DefaultTable is a new environment's: the base with copy-on-write, temporary
 // files and all names that are no paths its own, the kernel's file systems as
-// they are.
+// they are. Device nodes are names like others: their copies lead to the same
+// devices.
 const DefaultTable = `version: 1
 default: base
 fet: [/]
@@ -101,7 +109,7 @@ rules:
   - {name: "/dev/shm/**", environment: true}
   - {name: "/proc/**", pass: true}
   - {name: "/sys/**", pass: true}
-  - {name: "/dev/**", pass: true}
+  - {name: "/dev/pts/**", pass: true}
 `
 
 func (s Store) env(name string) (*Env, error) {
@@ -119,7 +127,10 @@ func (s Store) Open(name string) (*Env, error) {
 	}
 	if _, err := os.Stat(filepath.Join(e.Dir, manifestFile)); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("%w: %s in %s", ErrNone, name, s.Dir)
+			if _, err := os.Lstat(filepath.Join(e.Dir, intercept.Tree)); err == nil {
+				return nil, fmt.Errorf("%w: %s has no %s", ErrDamaged, name, manifestFile)
+			}
+			return nil, fmt.Errorf("%w: %s in %s; ls lists them, create makes one", ErrNone, name, s.Dir)
 		}
 		return nil, err
 	}
@@ -137,15 +148,15 @@ func (e *Env) sound() error {
 	for _, n := range []string{intercept.Tree, intercept.Work, intercept.Jail, manifestFile, tableFile} {
 		fi, err := os.Lstat(filepath.Join(e.Dir, n))
 		if err != nil {
-			return fmt.Errorf("%w: %s is damaged: %w", ErrNone, e.Name, err)
+			return fmt.Errorf("%w: %s: %w; rm removes it", ErrDamaged, e.Name, err)
 		}
 		if dir := filepath.Ext(n) == ""; fi.IsDir() != dir || !dir && !fi.Mode().IsRegular() {
-			return fmt.Errorf("%w: %s is damaged: %s is neither file nor directory, as it should be", ErrNone, e.Name, n)
+			return fmt.Errorf("%w: %s: %s is not what it should be; rm removes it", ErrDamaged, e.Name, n)
 		}
 	}
-	for _, n := range []string{"lock", "table.lock", "catalog.lock", catalogFile, runLock} {
+	for _, n := range []string{"lock", "table.lock", "catalog.lock", catalogFile, catalogLog, runLock} {
 		if fi, err := os.Lstat(filepath.Join(e.Dir, n)); err == nil && !fi.Mode().IsRegular() {
-			return fmt.Errorf("%w: %s is damaged: %s is no file", ErrNone, e.Name, n)
+			return fmt.Errorf("%w: %s: %s is no file; rm removes it", ErrDamaged, e.Name, n)
 		}
 	}
 	return nil
@@ -156,6 +167,9 @@ func (s Store) Create(name, hostname string, text []byte) (*Env, error) {
 	e, err := s.env(name)
 	if err != nil {
 		return nil, err
+	}
+	if !goodHostname(hostname) {
+		return nil, fmt.Errorf("%w: %q; letters, digits, - and . are allowed, 64 at most", ErrHostname, hostname)
 	}
 	if text == nil {
 		text = []byte(DefaultTable)
@@ -181,10 +195,21 @@ func (s Store) Create(name, hostname string, text []byte) (*Env, error) {
 	return s.Open(name)
 }
 
+// goodHostname allows what hostname(7) does, and "".
+func goodHostname(n string) bool {
+	for label := range strings.SplitSeq(n, ".") {
+		if n != "" && (label == "" || len(label) > 63 || strings.Trim(label, "-") != label ||
+			strings.Trim(label, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") != "") {
+			return false
+		}
+	}
+	return len(n) <= 64
+}
+
 func publish(tmp, dir string) error {
 	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dir, unix.RENAME_NOREPLACE); err != nil {
 		if err == unix.EEXIST {
-			return fmt.Errorf("%w: %s", ErrExists, filepath.Base(dir))
+			return fmt.Errorf("%w: %s; choose another name, or rm it first", ErrExists, filepath.Base(dir))
 		}
 		return err
 	}
@@ -208,36 +233,56 @@ func (e *Env) fill(m Manifest, text []byte) error {
 	return save(filepath.Join(e.Dir, tableFile), text)
 }
 
-// List finds all environments, by name.
-func (s Store) List() ([]*Env, error) {
+// List finds all environments, by name, and those that are damaged.
+func (s Store) List() ([]*Env, map[string]error, error) {
 	dirs, err := os.ReadDir(s.Dir)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, nil
+			return nil, map[string]error{}, nil
 		}
-		return nil, err
+		return nil, nil, err
 	}
 	var list []*Env
+	damaged := map[string]error{}
 	for _, d := range dirs {
-		if e, err := s.Open(d.Name()); err == nil {
+		e, err := s.Open(d.Name())
+		switch {
+		case err == nil:
 			list = append(list, e)
+		case errors.Is(err, ErrNone) || errors.Is(err, ErrName):
+		default:
+			damaged[d.Name()] = err
 		}
 	}
-	return list, nil
+	return list, damaged, nil
 }
 
 // Remove removes an environment that is not in use.
 func (e *Env) Remove() error {
-	l, err := e.lock(unix.LOCK_EX)
+	// What an interrupted one has left.
+	old, _ := filepath.Glob(filepath.Join(e.Store.Dir, ".gone-*"))
+	// Not a lock file that leads elsewhere.
+	if fi, err := os.Lstat(filepath.Join(e.Dir, runLock)); err == nil && !fi.Mode().IsRegular() {
+		if err := os.Remove(filepath.Join(e.Dir, runLock)); err != nil {
+			return err
+		}
+	}
+	l, err := e.lockAlone()
 	if err != nil {
 		return err
 	}
 	defer l.Close()
 	gone := filepath.Join(e.Store.Dir, fmt.Sprintf(".gone-%s-%d", e.Name, os.Getpid()))
 	if err := os.Rename(e.Dir, gone); err != nil {
+		if errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("%w: %s is on a disk of its own; detach it", ErrDisk, e.Name)
+		}
 		return err
 	}
-	return os.RemoveAll(gone)
+	for _, d := range append(old, gone) {
+		err = errors.Join(err, os.RemoveAll(d))
+	}
+	return err
 }
 
 // lock takes the environment shared (running programs) or exclusively.
@@ -254,6 +299,18 @@ func (e *Env) lock(how int) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// lockAlone takes the environment exclusively. What only looks, or starts, holds it
+// for a moment.
+func (e *Env) lockAlone() (l *os.File, err error) {
+	for range 50 {
+		if l, err = e.lock(unix.LOCK_EX); !errors.Is(err, ErrBusy) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return l, err
 }
 
 // save writes a file so that after a crash there is the old one or the new one,
@@ -373,68 +430,154 @@ type entryKey struct{ name, typ, action, outcome, program string }
 
 // Catalog reads the catalogue, by name.
 func (e *Env) Catalog() ([]Entry, error) {
-	b, err := os.ReadFile(filepath.Join(e.Dir, catalogFile))
-	if errors.Is(err, fs.ErrNotExist) || err == nil && len(b) == 0 {
-		return nil, nil
-	}
+	l, err := e.lockCatalog()
 	if err != nil {
 		return nil, err
 	}
-	var list []Entry
-	if err := json.Unmarshal(b, &list); err != nil {
-		return nil, fmt.Errorf("%s: %s: %w", e.Name, catalogFile, err)
+	defer l.Close()
+	m, err := e.readCatalog()
+	if err != nil {
+		return nil, err
 	}
-	return list, nil
+	return sortedCatalog(m), nil
+}
+
+// readCatalog reads the catalogue and what was added to it since it was last
+// written.
+func (e *Env) readCatalog() (map[entryKey]*Entry, error) {
+	m := map[entryKey]*Entry{}
+	b, err := os.ReadFile(filepath.Join(e.Dir, catalogFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if len(b) > 0 {
+		var list []Entry
+		if err := json.Unmarshal(b, &list); err != nil {
+			return nil, fmt.Errorf("%s: %s: %w", e.Name, catalogFile, err)
+		}
+		for i := range list {
+			mergeEntry(m, &list[i])
+		}
+	}
+	b, err = os.ReadFile(filepath.Join(e.Dir, catalogLog))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for line := range bytes.Lines(b) {
+		// A power cut may have left a part of one, or nothing but zeros.
+		x := new(Entry)
+		if json.Unmarshal(line, x) == nil {
+			mergeEntry(m, x)
+		}
+	}
+	return m, nil
+}
+
+// mergeEntry adds one entry's counts, unless it is new and there are too many.
+func mergeEntry(m map[entryKey]*Entry, x *Entry) {
+	k := x.key()
+	o := m[k]
+	switch {
+	case o != nil:
+		o.Count += x.Count
+		if x.Last.After(o.Last) {
+			o.Last = x.Last
+		}
+		if x.First.Before(o.First) {
+			o.First = x.First
+		}
+	case len(m) < maxCatalog:
+		m[k] = x
+	}
+}
+
+func sortedCatalog(m map[entryKey]*Entry) []Entry {
+	list := make([]Entry, 0, len(m))
+	for _, x := range m {
+		list = append(list, *x)
+	}
+	slices.SortFunc(list, func(a, b Entry) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(a.Type, b.Type), strings.Compare(a.Action, b.Action),
+			strings.Compare(a.Outcome, b.Outcome), strings.Compare(a.Program, b.Program))
+	})
+	return list
 }
 
 // maxCatalog bounds the catalogue: a program that asks for ever new names does not
 // fill the disk.
 const maxCatalog = 250_000
 
-// addCatalog merges entries into the catalogue.
+// minLog is how much is added to the catalogue at least before it is written anew.
+const minLog = 256 << 10
+
+// addCatalog adds entries to the catalogue: to its log, which becomes part of it
+// once it is as large, so that what a run costs does not grow with the catalogue.
 func (e *Env) addCatalog(more map[entryKey]*Entry) error {
 	if len(more) == 0 {
 		return nil
 	}
-	l, err := os.OpenFile(filepath.Join(e.Dir, "catalog.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	l, err := e.lockCatalog()
 	if err != nil {
 		return err
 	}
 	defer l.Close()
-	if err := unix.Flock(int(l.Fd()), unix.LOCK_EX); err != nil {
-		return err
+	var text bytes.Buffer
+	text.WriteByte('\n') // behind what a power cut has left
+	enc := json.NewEncoder(&text)
+	for _, x := range more {
+		if err := enc.Encode(x); err != nil {
+			return err
+		}
 	}
-	list, err := e.Catalog()
+	f, err := os.OpenFile(filepath.Join(e.Dir, catalogLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
 		return err
 	}
-	m := make(map[entryKey]*Entry, len(list)+len(more))
-	for i := range list {
-		m[list[i].key()] = &list[i]
+	_, err = f.Write(text.Bytes())
+	fi, e2 := f.Stat()
+	if err = errors.Join(err, e2, f.Close()); err != nil {
+		return err
 	}
-	for k, x := range more {
-		if o := m[k]; o != nil {
-			o.Count += x.Count
-			o.Last = x.Last
-		} else if len(m) < maxCatalog {
-			m[k] = x
-		}
+	size := int64(0)
+	if all, err := os.Stat(filepath.Join(e.Dir, catalogFile)); err == nil {
+		size = all.Size()
 	}
-	out := slices.SortedFunc(maps.Values(m), func(a, b *Entry) int {
-		ka, kb := a.key(), b.key()
-		for _, p := range [][2]string{{ka.name, kb.name}, {ka.typ, kb.typ}, {ka.action, kb.action}, {ka.outcome, kb.outcome}, {ka.program, kb.program}} {
-			if c := strings.Compare(p[0], p[1]); c != 0 {
-				return c
-			}
-		}
-		return 0
-	})
-	b, err := json.Marshal(out)
+	if fi.Size() < max(size, minLog) {
+		return nil
+	}
+	return e.writeCatalog()
+}
+
+func (e *Env) lockCatalog() (*os.File, error) {
+	l, err := os.OpenFile(filepath.Join(e.Dir, "catalog.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(l.Fd()), unix.LOCK_EX); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// writeCatalog makes the log a part of the catalogue. The caller has the lock.
+func (e *Env) writeCatalog() error {
+	m, err := e.readCatalog()
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(sortedCatalog(m))
 	if err != nil {
 		return err
 	}
 	// Not synchronized: what a power cut takes from the counts is seen again.
-	return write(filepath.Join(e.Dir, catalogFile), b, false)
+	if err := write(filepath.Join(e.Dir, catalogFile), b, false); err != nil {
+		return err
+	}
+	if err := os.Remove(filepath.Join(e.Dir, catalogLog)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // volatile names change from run to run; their directory stands for them.

@@ -21,6 +21,7 @@ import (
 	"github.com/gondola-vmm/gondola/devices/portpair"
 	"github.com/gondola-vmm/gondola/devices/sharedregion"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/guestagent/vmstate/wire"
 	"github.com/gondola-vmm/gondola/snapshot/ports"
 	"github.com/gondola-vmm/gondola/snapshot/service"
 	"github.com/gondola-vmm/gondola/vmm/mem"
@@ -161,7 +162,15 @@ func TestRegionWipe(t *testing.T) {
 	h := newHelper(t, Config{Open: once(r)})
 	p := join(t, h, root)
 	p.mustListen("")
-	id := p.submit(ports.Request{Op: ports.OpPing})
+	asked := p.send(ports.Request{Op: ports.OpPing})
+	reply := p.next()
+	for reply.Kind == proto.KindEvent { // of the request that was cut off
+		reply = p.next()
+	}
+	require.Equal(t, asked, reply.ID)
+	var done wire.Submitted
+	require.NoError(t, proto.Unmarshal(reply.Body, &done))
+	id := done.ID
 	for {
 		if e := p.event(); e.ID == id {
 			assert.Equal(t, ports.Done, e.Kind)

@@ -66,17 +66,30 @@ func netUp(n initconf.Net) error {
 		return fmt.Errorf("network: %s: %w", n.Name, err)
 	}
 	if n.Gateway.IsValid() {
-		r := route{flags: unix.RTF_UP | unix.RTF_GATEWAY}
-		r.dst.Family, r.gateway.Family, r.mask.Family = unix.AF_INET, unix.AF_INET, unix.AF_INET
-		r.gateway.Addr = n.Gateway.As4()
-		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCADDRT, uintptr(unsafe.Pointer(&r))); errno != 0 {
-			return fmt.Errorf("network: default route by %s: %w", n.Gateway, errno)
+		if err := changeRoute(unix.SIOCADDRT, n.Gateway); err != nil {
+			return err
 		}
 	}
 	if n.DNS.IsValid() {
 		if err := os.WriteFile("/etc/resolv.conf", []byte("nameserver "+n.DNS.String()+"\n"), 0o644); err != nil {
 			return fmt.Errorf("network: %w", err)
 		}
+	}
+	return nil
+}
+
+// changeRoute adds (SIOCADDRT) or removes (SIOCDELRT) a default route.
+func changeRoute(req uintptr, gateway netip.Addr) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("network: %w", err)
+	}
+	defer unix.Close(fd)
+	r := route{flags: unix.RTF_UP | unix.RTF_GATEWAY}
+	r.dst.Family, r.gateway.Family, r.mask.Family = unix.AF_INET, unix.AF_INET, unix.AF_INET
+	r.gateway.Addr = gateway.As4()
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(unsafe.Pointer(&r))); errno != 0 {
+		return fmt.Errorf("network: default route by %s: %w", gateway, errno)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ package initd
 
 import (
 	"context"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"os"
@@ -20,8 +21,13 @@ import (
 // Service serves a port under another init. port is a device or a port's name,
 // which is waited for. It returns only if that fails.
 func Service(port, software string) error {
-	d := &initd{conf: initconf.Config{Port: port}}
-	d.agent = agent.New(agent.Config{Software: software})
+	// The host's greeting is for a guest that has its clock and its name, unless it is
+	// a copy or was put back to a state.
+	d := &initd{conf: initconf.Config{Port: port}, greeted: true}
+	if b, err := os.ReadFile(generationFile); err == nil {
+		d.generation, _ = hex.DecodeString(strings.TrimSpace(string(b)))
+	}
+	d.agent = agent.New(agent.Config{Software: software, OnSession: d.greet})
 	d.agent.Recover()
 	go func() {
 		c := make(chan os.Signal, 1)

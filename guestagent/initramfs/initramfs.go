@@ -25,6 +25,7 @@ import (
 	"github.com/u-root/mkuimage/cpio"
 
 	"github.com/gondola-vmm/gondola/guestagent/initconf"
+	"github.com/gondola-vmm/gondola/guestagent/initconf/commands"
 )
 
 // Userland is what the guest has beside the agent.
@@ -287,6 +288,13 @@ func build(ctx context.Context, o Options) (archive, error) {
 		return nil, err
 	}
 	a.add(file(strings.TrimPrefix(initconf.Path, "/"), b, 0o644))
+	// The same for gondola-env.
+	if c := (commands.Config{Applets: conf.Applets, FullArgv0: conf.FullArgv0}); c != (commands.Config{}) {
+		if b, err = c.Marshal(); err != nil {
+			return nil, err
+		}
+		a.add(file(strings.TrimPrefix(commands.Path, "/"), b, 0o644))
+	}
 	var programs []string
 	for _, f := range o.Files {
 		added, err := a.addHost(f)

@@ -84,6 +84,7 @@ func TestBusybox(t *testing.T) {
 	assert.Equal(t, "/bin/busybox", content(t, m["usr/bin/env"]))
 	assert.NotContains(t, m, "bin/cat")
 	assert.Equal(t, "/bin/busybox", config(t, m).Applets)
+	assert.JSONEq(t, `{"applets": "/bin/busybox"}`, content(t, m["etc/gondola/commands.json"]))
 
 	o.Links = true
 	m, _ = read(t, write(t, o))

@@ -30,6 +30,18 @@ type Hello struct {
 	// Hostname, of the host only, is a name for a guest that is new, or a copy of
 	// another; "" leaves it.
 	Hostname string `cbor:"11,keyasint,omitempty"`
+	// Net, of the host only, is who a guest that is a copy is on its network.
+	Net *NetIdentity `cbor:"12,keyasint,omitempty"`
+}
+
+// NetIdentity makes the network interface of a copy another one than the original's
+// (spec S5.13).
+type NetIdentity struct {
+	Was     []byte `cbor:"1,keyasint"`           // the interface's address (MAC, 6 bytes) in the original, by which it is found
+	MAC     []byte `cbor:"2,keyasint"`           // its address here
+	Address string `cbor:"3,keyasint,omitempty"` // IPv4, ADDRESS/BITS; "" leaves it
+	Gateway string `cbor:"4,keyasint,omitempty"` // of a default route; with Address only
+	DNS     string `cbor:"5,keyasint,omitempty"` // name server; with Address only
 }
 
 // Request is the body of a Request frame.

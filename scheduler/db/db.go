@@ -38,6 +38,8 @@ var (
 	ErrNewer = errors.New("the database is from a later gondola")
 	// ErrForeign: the file is another program's database.
 	ErrForeign = errors.New("the database is not gondola's")
+	// ErrOld: an earlier gondola wrote the database, and it was to be read only.
+	ErrOld = errors.New("the database is from an earlier gondola")
 	// ErrMissing: there is no database yet, and it was to be read only.
 	ErrMissing = errors.New("there is no database yet")
 )
@@ -82,6 +84,8 @@ type DB struct {
 
 	began time.Time // with the monotonic clock
 
+	writing chan struct{} // has room for the one that writes
+
 	mu  sync.RWMutex // held for writing while a damaged file is replaced
 	sql *sql.DB
 }
@@ -104,7 +108,7 @@ func DefaultPath() (string, error) {
 // Options.Say is told, and a new one begun; with ReadOnly it is ErrDamaged. One of
 // a later gondola is refused with ErrNewer, and stays as it is.
 func Open(ctx context.Context, path string, o Options) (*DB, error) {
-	d := &DB{path: path, o: o.withDefaults()}
+	d := &DB{path: path, o: o.withDefaults(), writing: make(chan struct{}, 1)}
 	d.began = d.o.Now()
 	if err := d.open(ctx); err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
@@ -126,7 +130,7 @@ func (d *DB) Close() error {
 func (d *DB) open(ctx context.Context) error {
 	if d.o.ReadOnly {
 		if _, err := os.Stat(d.path); errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("%w: gondola rules apply makes it", ErrMissing)
+			return fmt.Errorf("%w: gondola rules apply and gondola sched run make it", ErrMissing)
 		}
 		err := d.connect(ctx, true)
 		if err == nil {
@@ -319,7 +323,7 @@ func (d *DB) version(ctx context.Context) (v int, err error) {
 	case v > len(migrations):
 		return 0, fmt.Errorf("%w: its schema is version %d, this gondola knows %d; use the later gondola, or another file", ErrNewer, v, len(migrations))
 	case v < len(migrations) && d.o.ReadOnly:
-		return 0, fmt.Errorf("%w: its schema is version %d of %d; gondola rules apply brings it up to date", ErrMissing, v, len(migrations))
+		return 0, fmt.Errorf("%w: its schema is version %d of %d; gondola rules apply or gondola sched run brings it up to date", ErrOld, v, len(migrations))
 	}
 	return v, nil
 }
@@ -369,6 +373,14 @@ func (d *DB) Write(ctx context.Context, f func(*sql.Tx) error) error {
 }
 
 func (d *DB) write(ctx context.Context, f func(*sql.Tx) error) error {
+	// One after the other within a process: SQLite's own waiting is by chance, and
+	// for other processes.
+	select {
+	case d.writing <- struct{}{}:
+		defer func() { <-d.writing }()
+	case <-ctx.Done():
+		return fmt.Errorf("%w: others are writing to it: %w", ErrLocked, context.Cause(ctx))
+	}
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	tx, err := d.sql.BeginTx(ctx, nil)

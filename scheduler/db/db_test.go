@@ -76,7 +76,7 @@ func TestOpen(t *testing.T) {
 	assert.NoFileExists(t, other)
 	assert.EqualValues(t, 2, count(t, d, "decisions"))
 
-	need := Need{Machine: "web", Resource: "cpu", Minimum: 0.5, Typical: 1, Peak: 2, Updated: time.UnixMilli(5)}
+	need := Need{Machine: "web", Resource: "cpu", Minimum: 0.5, Typical: 1, Peak: 2, Class: "processor", Updated: time.UnixMilli(5)}
 	require.NoError(t, d.SetNeeds(t.Context(), need))
 	need.Peak = 3
 	require.NoError(t, d.SetNeeds(t.Context(), need))
@@ -155,7 +155,7 @@ func TestDamagedInUse(t *testing.T) {
 			require.NoError(t, os.Truncate(path+"-wal", 0))
 			return ErrDamaged
 		}
-		_, err := tx.Exec("INSERT INTO decisions VALUES (1, 1, '', '', '', '', '', '', '')")
+		_, err := tx.Exec("INSERT INTO decisions (time_ms, machine, source, kind, before, after, why, numbers) VALUES (1, '', '', '', '', '', '', '')")
 		return err
 	}))
 	assert.Equal(t, 2, calls)
@@ -246,15 +246,78 @@ func TestPrune(t *testing.T) {
 		return now.Add(time.Minute)
 	}})
 	for i := range 2500 {
-		_, err := d.sql.Exec("INSERT INTO decisions VALUES (?, ?, '', '', '', '', '', '', '')", i+1, now.Add(-2*time.Hour).UnixMilli())
+		_, err := d.sql.Exec("INSERT INTO decisions (id, time_ms, machine, source, kind, before, after, why, numbers) VALUES (?, ?, '', '', '', '', '', '', '')", i+1, now.Add(-2*time.Hour).UnixMilli())
 		require.NoError(t, err)
 	}
 	decide(t, d, now, "young")
+	require.NoError(t, d.SetNeeds(t.Context(), Need{Machine: "old", Resource: "cpu", Updated: now.Add(-2 * time.Hour)}, Need{Machine: "young", Resource: "cpu", Updated: now}))
 	jump = 24 * time.Hour
 	n, err := d.Prune(t.Context())
 	require.NoError(t, err)
-	assert.EqualValues(t, 2500, n)
+	assert.EqualValues(t, 2501, n)
 	assert.EqualValues(t, 1, count(t, d, "decisions"))
+	needs, err := d.Needs(t.Context())
+	require.NoError(t, err)
+	require.Len(t, needs, 1)
+	assert.Equal(t, "young", needs[0].Machine)
+}
+
+// Decisions are numbered within a run of their source, and what becomes of them is
+// added later, or never.
+func TestDecisions(t *testing.T) {
+	d := open(t, filepath.Join(t.TempDir(), "g.db"), Options{})
+	at := time.UnixMilli(1e12)
+	moved := Decision{Time: at, Machine: "a", Peer: "b", Source: "sched", Kind: "moved", Run: 9, Number: 1, Resource: "net", Amount: 5.5, Why: "because", Numbers: "{}"}
+	judged := Decision{Time: at, Machine: "c", Source: "sched", Kind: "judged", Run: 9, Number: 2}
+	require.NoError(t, d.AddDecisions(t.Context(), moved, judged, Decision{Time: at, Machine: "a", Source: "other"}))
+	out := Outcome{Source: "sched", Run: 9, Number: 1, Outcome: "kept", Measured: `{"gain":4}`}
+	require.NoError(t, d.Decide(t.Context(), nil, []Outcome{
+		out, {Source: "sched", Run: 10, Number: 1, Outcome: "of another run"}, {Source: "other", Run: 9, Number: 1, Outcome: "of another source"}, {Source: "other", Outcome: "of none"},
+	}))
+	again := moved
+	again.Why = "recorded twice"
+	require.NoError(t, d.AddDecisions(t.Context(), again))
+	moved.Outcome, moved.Measured = out.Outcome, out.Measured
+	for _, name := range []string{"a", "b"} {
+		list, err := d.Decisions(t.Context(), "sched", name, 0)
+		require.NoError(t, err)
+		assert.Equal(t, []Decision{moved}, list, name)
+	}
+	list, err := d.Decisions(t.Context(), "sched", "", 1)
+	require.NoError(t, err)
+	assert.Equal(t, []Decision{judged}, list, "the latest")
+	list, err = d.Decisions(t.Context(), "sched", "", 0)
+	require.NoError(t, err)
+	assert.Equal(t, []Decision{moved, judged}, list)
+	later := Decision{Time: at, Machine: "a", Source: "sched", Run: 11, Number: 1}
+	require.NoError(t, d.AddDecisions(t.Context(), later))
+	list, err = d.LastDecisions(t.Context(), "sched")
+	require.NoError(t, err)
+	assert.Equal(t, []Decision{later, judged}, list)
+}
+
+// An earlier gondola's database is brought up to date by who writes to it, with all
+// that is in it; who only reads says what to do.
+func TestMigration(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "g.db")
+	old, err := sql.Open("sqlite", path)
+	require.NoError(t, err)
+	_, err = old.Exec(migrations[0] + fmt.Sprintf(`PRAGMA user_version = 1; PRAGMA application_id = %d;
+		INSERT INTO decisions VALUES (1, 5, 'web', 'sched', 'k', '', '', 'old', '');
+		INSERT INTO needs VALUES ('web', 'cpu', 1, 2, 3, 4);`, applicationID))
+	require.NoError(t, err)
+	require.NoError(t, old.Close())
+	_, err = Open(t.Context(), path, Options{ReadOnly: true})
+	require.ErrorIs(t, err, ErrOld)
+	d := open(t, path, Options{})
+	list, err := d.Decisions(t.Context(), "sched", "web", 0)
+	require.NoError(t, err)
+	assert.Equal(t, []Decision{{Time: time.UnixMilli(5), Machine: "web", Source: "sched", Kind: "k", Why: "old"}}, list)
+	need := Need{Machine: "web", Resource: "cpu", Class: "idle", Updated: time.UnixMilli(5)}
+	require.NoError(t, d.SetNeeds(t.Context(), need))
+	needs, err := d.Needs(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, []Need{need}, needs)
 }
 
 // writeForEver tells of each transaction after its commit.

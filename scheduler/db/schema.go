@@ -164,6 +164,31 @@ CREATE VIEW order_history AS
 	SELECT o.id, m.name AS machine, o.resource, o.opened_ms, o.closed_ms, o.state, o.before, o.after, o.use_before, o.use_after, o.why
 	FROM orders o JOIN machines m ON m.id = o.machine;
 `,
+	// What the scheduler decided, with what became of it. Needs, which nobody wrote
+	// before, are forgotten like other rows.
+	`
+ALTER TABLE decisions ADD COLUMN run INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE decisions ADD COLUMN number INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE decisions ADD COLUMN peer TEXT NOT NULL DEFAULT '';
+ALTER TABLE decisions ADD COLUMN resource TEXT NOT NULL DEFAULT '';
+ALTER TABLE decisions ADD COLUMN amount REAL NOT NULL DEFAULT 0;
+ALTER TABLE decisions ADD COLUMN outcome TEXT NOT NULL DEFAULT '';
+ALTER TABLE decisions ADD COLUMN measured TEXT NOT NULL DEFAULT '';
+CREATE INDEX decisions_peer ON decisions (peer, time_ms) WHERE peer <> '';
+CREATE UNIQUE INDEX decisions_number ON decisions (source, run, number) WHERE number > 0;
+DROP TABLE needs;
+CREATE TABLE needs (
+	machine    TEXT NOT NULL,
+	resource   TEXT NOT NULL,
+	minimum    REAL NOT NULL,
+	typical    REAL NOT NULL,
+	peak       REAL NOT NULL,
+	class      TEXT NOT NULL,
+	updated_ms INTEGER NOT NULL,
+	PRIMARY KEY (machine, resource)
+) STRICT;
+CREATE INDEX needs_updated ON needs (updated_ms);
+`,
 }
 
 // aged are the tables whose rows are forgotten, with the column of their time and
@@ -175,4 +200,5 @@ var aged = []struct{ table, time string }{
 	{"orders", "opened_ms"},
 	{"service_states", "time_ms"},
 	{"decisions", "time_ms"},
+	{"needs", "updated_ms"},
 }

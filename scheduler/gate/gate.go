@@ -40,12 +40,13 @@ type Config struct {
 	// host has.
 	Slots int
 	// Poll is the time between two looks at who has halted and who has woken
-	// up, while vCPUs wait for each other; default 1 ms.
+	// up, while vCPUs wait for each other; up to four times as long while looks
+	// find nothing new. Default 1 ms.
 	Poll time.Duration
 }
 
 // Gate lets vCPUs into their guests by turns. A vCPU that halts in the kernel gives
-// its turn up within a poll interval, and one that wakes up there runs at once, beside
+// its turn up by the next look, and one that wakes up there runs at once, beside
 // the others, until the next look; the policy's boost lets it run before them where
 // the kernel may be asked for that. The nil Gate lets everyone in. All methods are
 // safe for concurrent use.
@@ -64,6 +65,7 @@ type Gate struct {
 	seats  []*seat
 	params map[string]Params
 	idle   time.Duration // present poll interval when nobody waits
+	calm   int           // looks in a row that found nothing new
 	looked time.Duration
 	cost   time.Duration // of a look, on average
 	// relaxed: the watch sleeps for longer than it may when vCPUs wait.
@@ -429,7 +431,11 @@ func (g *Gate) look() (wait time.Duration, forever bool) {
 	now := g.now()
 	poll := g.poll()
 	if now-g.looked >= poll*3/4 {
-		g.inspect(now, now-g.looked)
+		if g.inspect(now, now-g.looked) {
+			g.calm = 0
+		} else {
+			g.calm++
+		}
 		g.looked = now
 		g.cost += (g.now() - now - g.cost) / 8
 	}
@@ -447,7 +453,9 @@ func (g *Gate) look() (wait time.Duration, forever bool) {
 		return 0, true // there is room for all, whatever they do
 	case g.queue.Waiting() > 0 || g.queue.Busy() == g.cfg.Slots:
 		g.idle, g.relaxed = poll, false
-		wait = poll
+		// Each look takes the processor from a guest, and what has run for long
+		// will go on.
+		wait = max(poll, min(poll<<min(g.calm/2, 2), longestPoll))
 		if at, ok := g.queue.Next(now); ok {
 			wait = min(wait, at-now)
 		}
@@ -469,8 +477,9 @@ func (g *Gate) poll() time.Duration {
 	return max(g.cfg.Poll, min(time.Duration(float64(g.cost)/watchShare), longestPoll))
 }
 
-// inspect looks at every thread that is in its guest.
-func (g *Gate) inspect(now, elapsed time.Duration) {
+// inspect looks at every thread that is in its guest, and tells whether that changed
+// anything: what runs in a moment by a boost does not.
+func (g *Gate) inspect(now, elapsed time.Duration) (changed bool) {
 	for _, s := range g.seats {
 		if s.parked || s.waits || s.task.State == Waiting {
 			continue
@@ -494,6 +503,7 @@ func (g *Gate) inspect(now, elapsed time.Duration) {
 				s.over = 0
 				s.turn.Store(false)
 				s.boostIfDue(now)
+				changed = true
 			}
 		case Blocked:
 			// One that did not run sleeps, or will be seen next time.
@@ -514,11 +524,13 @@ func (g *Gate) inspect(now, elapsed time.Duration) {
 			}
 			s.unboost()
 			g.queue.Wake(now, t)
+			changed = true
 			if t.State != Running {
 				s.out()
 			}
 		}
 	}
+	return changed
 }
 
 // lone is about how long one of the bursts was that a thread has run for, together,
@@ -544,6 +556,12 @@ func (s *seat) boostIfDue(now time.Duration) {
 		case s.g.nice:
 			s.boosted = unix.Setpriority(unix.PRIO_PROCESS, s.tid, boostNice) == nil
 		}
+		if s.boosted && !s.g.closed {
+			// A pass: what it does when it wakes up needs no slot, nor do the
+			// exits that it makes meanwhile, or each would take the place of
+			// one that computes. The next looks tell whether it was a moment.
+			s.turn.Store(true)
+		}
 	case !due:
 		s.unboost()
 	}
@@ -551,12 +569,15 @@ func (s *seat) boostIfDue(now time.Duration) {
 
 const boostNice = -15
 
-// unboost takes the boost back.
+// unboost takes the boost back, and the pass that came with it.
 func (s *seat) unboost() {
 	if !s.boosted {
 		return
 	}
 	s.boosted = false
+	if s.task.State != Running && !s.g.closed {
+		s.turn.Store(false)
+	}
 	if s.g.rt {
 		_ = setNormal(s.tid) // it was normal before
 	} else {

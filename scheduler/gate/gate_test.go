@@ -130,6 +130,42 @@ func TestGateNoticesHalts(t *testing.T) {
 	hog.end()
 }
 
+// One that runs for a moment when it wakes up, and may go before the others, needs no
+// slot for it, whatever exits it makes: the one that computes keeps its own.
+func TestGatePass(t *testing.T) {
+	g, err := New(Config{Policy: "activity", Slots: 1})
+	require.NoError(t, err)
+	defer g.Close()
+	var inside, most atomic.Int64
+	wake := make(chan struct{})
+	sleeper := startFake(t, g, "sleeper", &inside, &most, func(*fake) { <-wake })
+	hog := startFake(t, g, "hog", &inside, &most, spinning)
+	state := func() (s State, boosted, turn bool) {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return g.seats[0].task.State, g.seats[0].boosted, g.seats[0].turn.Load()
+	}
+	for i := 0; i < 20; i++ { // it becomes known for it
+		wait(t, "it is seen to be halted", func() bool { s, _, _ := state(); return s == Blocked })
+		wake <- struct{}{}
+	}
+	wait(t, "it is halted", func() bool { s, _, _ := state(); return s == Blocked })
+	if g.rt || g.nice {
+		wait(t, "it has a pass", func() bool { s, boosted, turn := state(); return s == Blocked && boosted && turn })
+		before := sleeper.entered.Load()
+		wake <- struct{}{}
+		wait(t, "an exit and an entry", func() bool { return sleeper.entered.Load() > before })
+		// Who computes instead of sleeping has it for a few looks.
+		g.mu.Lock()
+		g.seats[0].unboost()
+		assert.False(t, g.seats[0].turn.Load(), "the pass goes with the boost")
+		g.unlock()
+	}
+	close(wake)
+	sleeper.end()
+	hog.end()
+}
+
 func TestGateEnds(t *testing.T) {
 	g, err := New(Config{Policy: "activity", Slots: 1})
 	require.NoError(t, err)

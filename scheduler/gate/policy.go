@@ -155,7 +155,7 @@ const (
 	// seconds, and still take its place.
 	credit = 0.020
 
-	activitySlice  = 12 * time.Millisecond
+	activitySlice  = 24 * time.Millisecond
 	moments        = 3 * time.Millisecond
 	batchWhenOrder = -1
 )

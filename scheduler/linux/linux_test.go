@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -33,6 +34,46 @@ func TestParsers(t *testing.T) {
 	assert.InDelta(t, 0.125, p, 1e-9)
 }
 
+// The machine's own weight, and the narrowest quota on the way to the root.
+func TestCPUGroup(t *testing.T) {
+	dir := t.TempDir()
+	p := Proc{Root: filepath.Join(dir, "proc"), Groups: filepath.Join(dir, "cgroup")}
+	write := func(file, text string) {
+		t.Helper()
+		file = filepath.Join(dir, file)
+		require.NoError(t, os.MkdirAll(filepath.Dir(file), 0o755))
+		require.NoError(t, os.WriteFile(file, []byte(text), 0o644))
+	}
+	check := func(weight int64, quota float64) {
+		t.Helper()
+		w, q := p.CPUGroup(7)
+		assert.Equal(t, weight, w)
+		assert.InDelta(t, quota, q, 1e-9)
+	}
+	check(0, 0) // no such process
+	write("proc/7/cgroup", "1:cpu:/old\n")
+	check(0, 0)
+	write("proc/7/cgroup", "0::/gondola/web\n")
+	check(0, 0) // no cpu controller
+	write("cgroup/gondola/web/cpu.weight", "250\n")
+	write("cgroup/gondola/web/cpu.max", "max 100000\n")
+	check(250, 0)
+	write("cgroup/gondola/cpu.max", "150000 100000\n")
+	check(250, 1.5)
+	write("cgroup/gondola/web/cpu.max", "50000 100000\n")
+	check(250, 0.5)
+	write("cgroup/gondola/web/cpu.max", "200000 100000\n")
+	check(250, 1.5)
+	for _, odd := range []string{"", "x y", "-1 100000", "100000 0", "1 2 3"} {
+		write("cgroup/gondola/web/cpu.max", odd)
+		check(250, 1.5)
+	}
+	write("cgroup/gondola/web/cpu.weight", "1000000")
+	check(0, 1.5)
+	write("proc/7/cgroup", "0::/../../etc\n") // outside of this namespace
+	check(0, 0)
+}
+
 func FuzzParsers(f *testing.F) {
 	for _, s := range []string{"1 2 3", "7 (x) S 1 2", "some avg10=NaN", "0-3,9", "5-1", "0-99999999"} {
 		f.Add(s)
@@ -43,6 +84,9 @@ func FuzzParsers(f *testing.F) {
 		startTime(s)
 		if p, ok := parsePressure(s); ok {
 			require.True(t, p >= 0 && p <= 1)
+		}
+		if n, ok := parseMax(s); ok {
+			require.True(t, n > 0)
 		}
 		if l, err := ParseList(s); err == nil {
 			back, err := ParseList(FormatList(l))
@@ -210,6 +254,44 @@ func TestKilledInTheMiddle(t *testing.T) {
 	assert.Equal(t, group, in)
 	assert.NoDirExists(t, "/sys/fs/cgroup/gondola-test/m")
 	assert.NoFileExists(t, path)
+}
+
+// The control group that a machine is in is taken away, with the whole tree, by somebody
+// else: the machine goes on, the next step makes them again, and in the end there is
+// nothing to put back but what is still there.
+func TestTreeTakenAway(t *testing.T) {
+	j, err := OpenJournal(filepath.Join(t.TempDir(), "j"))
+	require.NoError(t, err)
+	m := child(t)
+	capacity := scheduler.Amounts{scheduler.CPU: 4}
+	a := NewActuator(Options{Journal: j, Capacity: capacity, Group: "gondola-taken"})
+	group, err := Proc{}.Cgroup(m.PID)
+	give := func(n float64) error {
+		return a.Apply(m, scheduler.Allocation{Machine: "m", Has: scheduler.Amounts{scheduler.CPU: n}}, nil)
+	}
+	require.NoError(t, give(1))
+	if a.Cgroups() {
+		require.NoError(t, err)
+		procs := filepath.Join("/sys/fs/cgroup", group, "cgroup.procs")
+		require.NoError(t, os.WriteFile(procs, []byte(strconv.Itoa(m.PID)), 0o600))
+		require.NoError(t, os.Remove("/sys/fs/cgroup/gondola-taken/m"))
+		require.NoError(t, os.Remove("/sys/fs/cgroup/gondola-taken"))
+		if give(2) != nil { // it may have to find out first
+			require.NoError(t, give(2))
+		}
+		b, err := os.ReadFile("/sys/fs/cgroup/gondola-taken/m/cpu.weight")
+		require.NoError(t, err)
+		assert.Equal(t, "5000\n", string(b))
+		require.NoError(t, os.WriteFile(procs, []byte(strconv.Itoa(m.PID)), 0o600))
+		require.NoError(t, os.Remove("/sys/fs/cgroup/gondola-taken/m"))
+	}
+	require.NoError(t, a.UndoAll(&controls{}))
+	assert.Empty(t, j.All())
+	if err == nil {
+		now, err := Proc{}.Cgroup(m.PID)
+		require.NoError(t, err)
+		assert.Equal(t, group, now)
+	}
 }
 
 // A number that is another process's by now is left alone.

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/gondola-vmm/gondola/guestagent/procfs"
 	"github.com/gondola-vmm/gondola/scheduler"
 )
 
@@ -20,8 +21,9 @@ type Process struct {
 	Threads []int // of the vCPUs; empty: not known, and the whole process counts
 }
 
-// Proc reads proc(5); Root is "/proc" but in tests.
-type Proc struct{ Root string }
+// Proc reads proc(5) and, of cgroups, what does not need an Actuator. Root is "/proc"
+// and Groups "/sys/fs/cgroup" but in tests.
+type Proc struct{ Root, Groups string }
 
 func (p Proc) path(parts ...string) string {
 	root := p.Root
@@ -52,9 +54,11 @@ func (p Proc) Read(m Process, s *scheduler.Sample) error {
 		}
 	}
 	found := false
+	var buf [1024]byte
+	dir := p.path(pid, "task") + "/"
 	for _, tid := range tids {
-		t := strconv.Itoa(tid)
-		b, err := os.ReadFile(p.path(pid, "task", t, "schedstat"))
+		t := dir + strconv.Itoa(tid)
+		b, err := procfs.ReadOnce(t+"/schedstat", buf[:])
 		if err != nil {
 			continue
 		}
@@ -66,7 +70,7 @@ func (p Proc) Read(m Process, s *scheduler.Sample) error {
 		s.Run += run
 		s.Wait += wait
 		s.Wakes += turns // of one that computes it is the times it was sent out, too
-		if b, err := os.ReadFile(p.path(pid, "task", t, "stat")); err == nil {
+		if b, err := procfs.ReadOnce(t+"/stat", buf[:]); err == nil {
 			if user, sys, guest, ok := parseStat(string(b)); ok {
 				// Guest time is part of user time.
 				s.Guest += guest * (1e9 / ticks)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/bits"
+	"slices"
 	"time"
 
 	"cel.dev/cel-go/cel"
@@ -41,6 +42,8 @@ type memory struct {
 	went         int
 	turns        int
 	calm         int // cycles since the last turn
+
+	by []string // rules that have moved it
 }
 
 const (
@@ -63,7 +66,8 @@ const (
 // NewEngine returns an engine.
 func NewEngine(set *Set) *Engine { return &Engine{set: set, procs: map[procKey]*memory{}} }
 
-// Replace makes other rules count from the next Step on; what was learnt stays.
+// Replace makes other rules count from the next Step on; what was learnt stays. What
+// was moved by a rule whose name is not among them any more is put back (S4.11).
 func (e *Engine) Replace(set *Set) { e.set = set }
 
 // Set is the rules that count.
@@ -77,6 +81,9 @@ type Change struct {
 	Rule     string `json:"rule"`
 	From, To Class  `json:"-"`
 	Why      string `json:"why"`
+	// Restore gives it back exactly what it had before it was changed for the first
+	// time; To is the class of that.
+	Restore bool `json:"restore,omitempty"`
 }
 
 // Decision is what follows from an observation.
@@ -122,7 +129,11 @@ func (e *Engine) Step(ctx context.Context, o *Observation) Decision {
 				d.Cut++
 				continue
 			}
-			m.step(c)
+			if c.Restore {
+				m.forget()
+			} else {
+				m.step(c)
+			}
 			d.Changes = append(d.Changes, c)
 		}
 	}
@@ -189,6 +200,12 @@ func (s *step) decide(p *Process, conns []Connection, m *memory, d *Decision) (c
 		d.Kept++
 		return c, false
 	}
+	if gone := s.e.gone(m); gone != "" {
+		return Change{
+			PID: p.PID, StartMS: p.StartMS, Name: p.Name, Rule: gone, From: class, To: m.original, Restore: true,
+			Why: fmt.Sprintf("rule %q, which moved it, is gone", gone),
+		}, true
+	}
 	in := &input{p: p, conns: conns, o: s.o, h: History{
 		Cycles: m.cycles, Talked: bits.OnesCount16(m.talked), Silent: m.silent, CPU: m.cpu, Original: m.original.String(),
 	}}
@@ -237,8 +254,24 @@ func (s *step) decide(p *Process, conns []Connection, m *memory, d *Decision) (c
 	return c, false
 }
 
-// step remembers the direction of a change.
+// gone is a rule that has moved a process and is none any more; "": there is none.
+func (e *Engine) gone(m *memory) string {
+	for _, name := range m.by {
+		if !slices.ContainsFunc(e.set.Rules, func(r *Rule) bool { return r.Name == name }) {
+			return name
+		}
+	}
+	return ""
+}
+
+// forget is for a process that was put back: it begins anew.
+func (m *memory) forget() { m.want, m.streak, m.went, m.turns, m.calm, m.by = 0, 0, 0, 0, 0, nil }
+
+// step remembers a change, and its direction.
 func (m *memory) step(c Change) {
+	if !slices.Contains(m.by, c.Rule) {
+		m.by = append(m.by, c.Rule)
+	}
 	dir := sign(int(c.To - c.From))
 	if m.went != 0 && m.went != dir {
 		m.turns, m.calm = m.turns+1, 0

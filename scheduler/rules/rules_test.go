@@ -290,16 +290,35 @@ func TestIdentityAndClock(t *testing.T) {
 	assert.Empty(t, w.e.procs)
 }
 
+// Another condition under the same name goes on from where processes are; a rule that is
+// gone has undone what it did, and the others begin anew (S4.11).
 func TestReplace(t *testing.T) {
-	w := newWorld(t, `rules: [{name: a, when: "true", do: raise}]`, Process{PID: 100})
+	w := newWorld(t, `rules: [{name: a, when: "true", do: raise}]`, Process{PID: 100}, Process{PID: 101})
 	w.step()
-	w.e.Replace(parse(t, `rules: [{name: b, when: "true", do: lower}]`))
+	assert.Equal(t, AboveNormal, w.class(0))
+	w.e.Replace(parse(t, `rules: [{name: a, when: "true", do: lower}]`))
 	n := 0
 	for range 12 {
 		n += len(w.step().Changes)
 	}
-	assert.Equal(t, 3, n, "damped, then down to low")
+	assert.Equal(t, 2*3, n, "damped, then down to low")
 	assert.Equal(t, Low, w.class(0))
+
+	w.e.Replace(parse(t, `rules: [{name: b, when: "process.pid == 100", do: raise}]`))
+	d := w.step()
+	require.Len(t, d.Changes, 2)
+	for _, c := range d.Changes {
+		assert.True(t, c.Restore)
+		assert.Equal(t, Normal, c.To)
+		assert.Contains(t, c.Why, `"a"`)
+	}
+	w.step()
+	assert.Equal(t, AboveNormal, w.class(0), "not damped by what is forgotten")
+	w.e.Replace(parse(t, `rules: []`))
+	d = w.step()
+	require.Len(t, d.Changes, 1)
+	assert.Equal(t, Normal, w.class(0))
+	assert.Empty(t, w.step().Changes)
 }
 
 func FuzzParse(f *testing.F) {

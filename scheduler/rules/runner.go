@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 )
@@ -56,6 +57,8 @@ type Runner struct {
 	mu   sync.Mutex
 	set  *Set
 	last map[string]*Cycle
+	// engines outlive connections: they know what processes were like at first.
+	engines map[string]*Engine
 }
 
 // onceWait is how long Once waits between its two looks.
@@ -97,7 +100,7 @@ const listEvery = 5 * time.Second
 // (S4.11). With Once, and with Dry, it leaves them as they are.
 func (r *Runner) Run(ctx context.Context) error {
 	r.mu.Lock()
-	r.last = map[string]*Cycle{}
+	r.last, r.engines = map[string]*Cycle{}, map[string]*Engine{}
 	r.mu.Unlock()
 	running := map[string]context.CancelFunc{}
 	var wg sync.WaitGroup
@@ -127,6 +130,9 @@ func (r *Runner) Run(ctx context.Context) error {
 			}
 		}
 		began = true
+		if err == nil {
+			r.forget(names, running)
+		}
 		if r.Once && len(running) == 0 {
 			return nil
 		}
@@ -171,7 +177,7 @@ func jitter(d time.Duration) time.Duration { return d*19/20 + rand.N(d/10+1) }
 // machine runs the cycles of one machine until it is gone.
 func (r *Runner) machine(ctx context.Context, name string) {
 	set := r.rules()
-	e := NewEngine(set)
+	e := r.engine(name, set)
 	if !r.Once && !wait(ctx, rand.N(set.Cycle/10+1)) {
 		return
 	}
@@ -210,6 +216,30 @@ func (r *Runner) machine(ctx context.Context, name string) {
 			wait(ctx, onceWait)
 		default:
 			wait(ctx, jitter(e.set.Cycle))
+		}
+	}
+}
+
+// engine is a machine's.
+func (r *Runner) engine(name string, set *Set) *Engine {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.engines[name]
+	if e == nil {
+		e = NewEngine(set)
+		r.engines[name] = e
+	}
+	return e
+}
+
+// forget drops what is known of machines that are gone.
+func (r *Runner) forget(names []string, running map[string]context.CancelFunc) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for name := range r.engines {
+		if running[name] == nil && !slices.Contains(names, name) {
+			delete(r.engines, name)
+			delete(r.last, name)
 		}
 	}
 }

@@ -97,6 +97,10 @@ func sum(t *Trace, cfg Config, hosts []*host) *Result {
 		r.Decisions += h.decisions
 		r.Moves += h.moves
 		r.Undone += h.undone
+		r.Orders += h.made
+		r.OrdersKept += h.kept
+		r.OrdersRolledBack += h.rolledBack
+		r.OrdersLate += h.late
 		used += h.used
 		waited += h.waited
 		satisfied = append(satisfied, h.satisfied...)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/gondola-vmm/gondola/scheduler"
 	"github.com/gondola-vmm/gondola/scheduler/gate"
+	"github.com/gondola-vmm/gondola/scheduler/rules"
 )
 
 // Config of a simulation.
@@ -25,6 +26,9 @@ type Config struct {
 	Host scheduler.Amounts
 	// Step is the time between two decisions of the scheduler; default 1 s.
 	Step time.Duration
+	// Orders is the time between two cycles of work orders for processor time
+	// (S4.7); 0: there are none.
+	Orders time.Duration
 	// Progress, if set, is told the part that is done, 0 to 1, from several
 	// goroutines.
 	Progress func(float64)
@@ -55,6 +59,12 @@ type Result struct {
 	Decisions int     `json:"decisions"`
 	Moves     int     `json:"moves"`
 	Undone    int     `json:"undone"`
+	// Work orders made, kept and rolled back, and the changes that they made in the
+	// last third of the time.
+	Orders           int `json:"orders"`
+	OrdersKept       int `json:"orders_kept"`
+	OrdersRolledBack int `json:"orders_rolled_back"`
+	OrdersLate       int `json:"orders_late"`
 }
 
 // Latency of wake-ups.
@@ -136,6 +146,7 @@ type machine struct {
 	count   scheduler.Sample
 	got     scheduler.Amounts
 	latency *histogram
+	ordered ordered
 }
 
 // task is a vCPU.
@@ -191,6 +202,9 @@ type host struct {
 	byName   map[string]*machine
 	nextStep time.Duration
 
+	orders    *rules.Orders
+	nextOrder time.Duration
+
 	events    uint64
 	busy      []float64 // processor seconds by second
 	used      float64
@@ -202,6 +216,8 @@ type host struct {
 	decisions int
 	moves     int
 	undone    int
+
+	made, kept, rolledBack, late int // work orders
 }
 
 const forEver = math.MaxInt64 / 4
@@ -209,16 +225,19 @@ const forEver = math.MaxInt64 / 4
 func newHost(t *Trace, cfg Config, index int, p gate.Policy) *host {
 	h := &host{
 		cfg: cfg, end: t.Length, q: gate.NewQueue(p, int(cfg.Host[scheduler.CPU])), slots: make([]*task, int(cfg.Host[scheduler.CPU])),
-		latency: map[string]*histogram{}, work: map[string]scheduler.Amounts{}, busy: make([]float64, int(t.Length.Seconds())+1), nextStep: forEver,
+		latency: map[string]*histogram{}, work: map[string]scheduler.Amounts{}, busy: make([]float64, int(t.Length.Seconds())+1), nextStep: forEver, nextOrder: forEver,
+		byName: map[string]*machine{},
 	}
 	if cfg.Policy == "activity" {
 		// The simulation bounds nothing in real time.
 		h.sched = scheduler.New(scheduler.Config{Capacity: cfg.Host})
-		h.byName = map[string]*machine{}
 		h.nextStep = cfg.Step
 	}
+	if cfg.Orders > 0 {
+		h.orders, h.nextOrder = rules.NewOrders(orderThresholds), cfg.Orders
+	}
 	for i := index; i < len(t.Machines); i += cfg.Hosts {
-		m := &machine{Machine: t.Machines[i]}
+		m := &machine{Machine: t.Machines[i], ordered: ordered{part: usualPart}}
 		m.spec = scheduler.Spec{Name: m.Name, Shares: m.Shares, VCPUs: m.VCPUs, Prio: m.Prio, Always: m.Critical}
 		l := h.latency[m.Kind]
 		if l == nil {
@@ -229,13 +248,11 @@ func newHost(t *Trace, cfg Config, index int, p gate.Policy) *host {
 		for range m.VCPUs {
 			k := &task{m: m}
 			k.Name, k.Owner = m.Name, k
-			k.Params = gate.Params{Weight: float64(min(max(m.Shares, 1), scheduler.MaxShares)) / scheduler.DefaultShares, Order: m.Prio, Critical: m.Critical && cfg.Policy != gate.Linux}
+			k.Params = gate.Params{Weight: m.weight(), Order: m.Prio, Critical: m.Critical && cfg.Policy != gate.Linux}
 			m.tasks = append(m.tasks, k)
 		}
 		h.machines = append(h.machines, m)
-		if h.byName != nil {
-			h.byName[m.Name] = m
-		}
+		h.byName[m.Name] = m
 		if len(m.Phases) > 0 {
 			h.push(event{at: seconds(m.Phases[0].At), m: m})
 		}
@@ -252,7 +269,7 @@ func (h *host) push(e event) {
 // run is the simulation's loop: what happens next, happens.
 func (h *host) run() {
 	for {
-		at := h.nextStep
+		at := min(h.nextStep, h.nextOrder)
 		if len(h.heap) > 0 {
 			at = min(at, h.heap[0].at)
 		}
@@ -281,6 +298,9 @@ func (h *host) run() {
 		case at == h.nextStep:
 			h.step()
 			h.nextStep += h.cfg.Step
+		case at == h.nextOrder:
+			h.order()
+			h.nextOrder += h.cfg.Orders
 		default:
 			e := heap.Pop(&h.heap).(event)
 			if e.m != nil {
@@ -463,22 +483,11 @@ var origin = time.Unix(0, 0).UTC()
 func (h *host) step() {
 	now := origin.Add(h.now)
 	h.obs = h.obs[:0]
+	h.observe()
 	for _, m := range h.machines {
 		if m.phase == 0 || m.gone {
 			continue
 		}
-		var waited time.Duration
-		for _, t := range m.tasks {
-			if t.State == gate.Running {
-				h.stop(t)
-			}
-			waited += t.Stats().Waited
-			if t.State == gate.Waiting {
-				waited += h.now - t.Since
-			}
-		}
-		m.count.Wait = uint64(waited)
-		m.count.Time = now
 		h.obs = append(h.obs, scheduler.Observation{Spec: m.spec, Sample: m.count})
 	}
 	p := h.sched.Step(now, h.obs)

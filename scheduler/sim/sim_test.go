@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -69,6 +70,27 @@ func TestActivityAgainstLinux(t *testing.T) {
 		assert.LessOrEqual(t, act.Latency["latency"].P99*5, rr.Latency["latency"].P99, "%d hogs", hogs)
 		assert.LessOrEqual(t, act.Latency["latency"].P99, lin.Latency["latency"].P99, "%d hogs", hogs)
 		assert.GreaterOrEqual(t, act.Work["hog"][scheduler.CPU], 0.95*lin.Work["hog"][scheduler.CPU])
+	}
+}
+
+// Work orders help those that wait, and come to an end: what is wanted steadily leads to
+// steady allocations, with the scheduler beside them and without (S4.7, S4.10).
+func TestOrders(t *testing.T) {
+	for _, policy := range []string{"linux", "activity"} {
+		for seed := range 2 {
+			tr := synthetic(t, fmt.Sprintf("machines=4,seconds=450,seed=%d,hog=3,latency=1", seed+1))
+			cfg := Config{Policy: policy, Hosts: 1, Host: scheduler.Amounts{scheduler.CPU: 2}}
+			before, err := Run(t.Context(), tr, cfg)
+			require.NoError(t, err)
+			require.Zero(t, before.Orders)
+			cfg.Orders = time.Second
+			r, err := Run(t.Context(), tr, cfg)
+			require.NoError(t, err)
+			assert.Positive(t, r.Orders, policy)
+			assert.LessOrEqual(t, r.Orders, r.OrdersKept+r.OrdersRolledBack+1)
+			assert.LessOrEqual(t, r.OrdersLate, 2*len(tr.Machines), "%s, seed %d: %d made, %d kept, %d rolled back", policy, seed, r.Orders, r.OrdersKept, r.OrdersRolledBack)
+			assert.GreaterOrEqual(t, r.Utilisation, before.Utilisation-0.01)
+		}
 	}
 }
 

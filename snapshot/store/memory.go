@@ -33,6 +33,12 @@ func (p place) cut(from, to uint64) place {
 
 // overlay is under with the extents of d over it, limited to the ranges of RAM.
 func overlay(under []place, d *dataFile, ram []span) []place {
+	return overlayZeros(under, d, ram, false)
+}
+
+// overlayZeros is overlay that, with zeros, has places without data for what d says is
+// zero, where there may be something else below under.
+func overlayZeros(under []place, d *dataFile, ram []span, zeros bool) []place {
 	out := make([]place, 0, len(under)+2*len(d.ext))
 	u := 0
 	var rest place // what is left of under[u-1]
@@ -65,6 +71,8 @@ func overlay(under []place, d *dataFile, ram []span) []place {
 		}
 		if e.origin != zeroOrigin {
 			out = append(out, place{e.page, e.slot, uint64(e.count), d, d.from[e.origin]})
+		} else if zeros {
+			out = append(out, place{page: e.page, count: uint64(e.count)})
 		}
 	}
 	for next() {

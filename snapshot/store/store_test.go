@@ -417,6 +417,89 @@ func TestDeleteKeepsChildren(t *testing.T) {
 	assert.Len(t, ents, 1, "only the lock is left: %v", ents)
 }
 
+// What deleted states keep for one other alone goes; what several need stays, and the
+// states are what they were, also where a page became zero.
+func TestReclaim(t *testing.T) {
+	dir := newDir(t)
+	s := openStore(t, dir, Options{})
+	root := map[mem.Addr]uint64{}
+	for i, a := range pagesOf(ram) {
+		root[a] = uint64(i + 1)
+	}
+	b, c, d := map[mem.Addr]uint64{0: 50, 0x1000: 0, 0x2000: 51}, map[mem.Addr]uint64{0x2000: 60, 0x3000: 0}, map[mem.Addr]uint64{0x4000: 70}
+	save(t, s, "root", "", root)
+	save(t, s, "b", "root", b)
+	save(t, s, "c", "b", c)
+	save(t, s, "d", "c", d)
+	check := func() {
+		t.Helper()
+		for name, maps := range map[string][]map[mem.Addr]uint64{"root": {root}, "d": {root, b, c, d}} {
+			assert.Equal(t, want(maps...), content(t, s, name))
+			require.NoError(t, s.Verify(ctx, name, nil))
+		}
+	}
+	require.NoError(t, s.Delete(ctx, "b"))
+	require.NoError(t, s.Delete(ctx, "c"))
+	_, before, err := s.Usage(ctx)
+	require.NoError(t, err)
+	freed, err := s.Reclaim(ctx, func(int64, int64) bool { return false }, nil)
+	require.NoError(t, err)
+	assert.Zero(t, freed)
+	last := int64(0)
+	freed, err = s.Reclaim(ctx, WorthAny, func(name string, done, total int64) {
+		assert.Equal(t, "d", name)
+		assert.LessOrEqual(t, done, total)
+		last = total - done
+	})
+	require.NoError(t, err)
+	assert.Zero(t, last)
+	n, after, err := s.Usage(ctx)
+	require.NoError(t, err)
+	assert.Equal(t, 2, n)
+	assert.Equal(t, before-after, freed)
+	assert.Positive(t, freed)
+	check()
+	st, err := s.Get(ctx, "d")
+	require.NoError(t, err)
+	assert.Equal(t, 1, st.Info().Depth, "the root's file is still its own")
+	assert.EqualValues(t, 2, st.Info().ZeroPages)
+	require.NoError(t, st.Close())
+	freed, err = s.Reclaim(ctx, WorthAny, nil)
+	require.NoError(t, err)
+	assert.Zero(t, freed)
+
+	// Two need the root, and it stays for them; one of them, and it does not.
+	save(t, s, "e", "root", map[mem.Addr]uint64{0: 80})
+	require.NoError(t, s.Delete(ctx, "root"))
+	freed, err = s.Reclaim(ctx, WorthAny, nil)
+	require.NoError(t, err)
+	assert.Zero(t, freed)
+	require.NoError(t, s.Delete(ctx, "d"))
+	freed, err = s.Reclaim(ctx, WorthAny, nil)
+	require.NoError(t, err)
+	assert.Positive(t, freed)
+	assert.Equal(t, want(root, map[mem.Addr]uint64{0: 80}), content(t, s, "e"))
+	n, _, err = s.Usage(ctx)
+	require.NoError(t, err)
+	assert.Equal(t, 1, n)
+
+	// A state that is open can be read on; its files go later.
+	save(t, s, "f", "e", map[mem.Addr]uint64{0: 90})
+	st, err = s.Get(ctx, "f")
+	require.NoError(t, err)
+	require.NoError(t, s.Delete(ctx, "e"))
+	_, err = s.Reclaim(ctx, WorthAny, nil)
+	require.NoError(t, err)
+	page := make([]byte, pageSize)
+	require.NoError(t, st.Memory().Read(0, page))
+	require.NoError(t, st.Close())
+	s = openStore(t, dir, Options{})
+	n, _, err = s.Usage(ctx)
+	require.NoError(t, err)
+	assert.Equal(t, 1, n)
+	assert.Equal(t, want(root, map[mem.Addr]uint64{0: 90}), content(t, s, "f"))
+}
+
 func TestQuota(t *testing.T) {
 	dir := newDir(t)
 	s := openStore(t, dir, Options{MaxStates: 2, MaxBytes: 100 << 10})

@@ -560,6 +560,9 @@ func copyPlaces(ctx context.Context, b *build, places []place, own *dataFile, fu
 	buf := c[:]
 	for _, p := range places {
 		o, ok := index[p.origin]
+		if p.data == nil { // zero
+			o, ok = zeroOrigin, true
+		}
 		if !ok {
 			if len(origins) == maxOrigins {
 				return nil, nil, fmt.Errorf("%w: pages of more than %d states", ErrMeta, maxOrigins)
@@ -573,7 +576,9 @@ func copyPlaces(ctx context.Context, b *build, places []place, own *dataFile, fu
 			}
 			n := min(p.count, chunkSize/pageSize)
 			e := extent{page: p.page, slot: p.slot, count: uint32(n), origin: o}
-			if p.data != own {
+			if p.data == nil {
+				e.slot = 0
+			} else if p.data != own {
 				data := buf[:n*pageSize]
 				if err := p.data.pages(data, p.slot, p.page); err != nil {
 					return nil, nil, err
@@ -600,108 +605,4 @@ func copyPlaces(ctx context.Context, b *build, places []place, own *dataFile, fu
 		}
 	}
 	return es, origins, nil
-}
-
-// Compact rewrites a state's file so that it needs no other's and its pages are in
-// order: restores into new processes need few mappings then, and its deleted
-// ancestors, if nobody else needs them, are removed. The state stays the same in
-// all other respects. It can run while the machine does; progress, if not nil, is
-// called with bytes. The rule of thumb is to call it when Info.Depth or what
-// Memory.Mappings returns is above some 16 or 4096.
-func (s *Store) Compact(ctx context.Context, name string, progress func(done, total int64)) (err error) {
-	st, err := s.Get(ctx, name)
-	if err != nil {
-		return err
-	}
-	defer st.Close()
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("compact state %q: %w", name, err)
-		}
-	}()
-	var total, done uint64
-	ordered := st.info.Depth == 0
-	for i, p := range st.memory.places {
-		total += p.count
-		ordered = ordered && (i == 0 || st.memory.places[i-1].slot+st.memory.places[i-1].count == p.slot)
-	}
-	if ordered {
-		return nil
-	}
-	id := newID()
-	data := id.String() + dataSuffix
-	var f file
-	kept := false
-	defer func() {
-		if f != nil && !kept {
-			err = errors.Join(err, s.fs.Remove(data))
-		}
-		if f != nil {
-			_ = f.Close() // what counts was synced
-		}
-	}()
-	// With the lock, so that nobody's gc sees the file before it is locked.
-	err = s.locked(ctx, true, func(*view) (err error) {
-		if f, err = s.fs.Create(data); err != nil {
-			return err
-		}
-		ok, err := f.Lock(true)
-		if err == nil && !ok {
-			err = ErrBusy
-		}
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	b := &build{f: f}
-	for _, sec := range st.Sections() {
-		version, content, err := st.Section(sec)
-		if err != nil {
-			return err
-		}
-		if err := b.add(sec, version, content); err != nil {
-			return err
-		}
-	}
-	es, origins, err := copyPlaces(ctx, b, st.memory.places, nil, func() error { return nil }, func(n uint64) {
-		done += n
-		if progress != nil {
-			progress(int64(done*pageSize), int64(total*pageSize))
-		}
-	})
-	if err != nil {
-		return err
-	}
-	size, err := b.finish(st.ID(), ID{}, es, origins)
-	if err != nil {
-		return err
-	}
-	if err := syncBoth(s.fs, f); err != nil {
-		return err
-	}
-	_ = st.Close() // so that it does not keep what nobody needs now
-	return s.locked(ctx, true, func(v *view) error {
-		r := v.records[st.ID()]
-		if r == nil || r.Deleted {
-			return fmt.Errorf("%w: it was deleted meanwhile", ErrNotFound)
-		}
-		if s.opts.MaxBytes > 0 {
-			if _, used := v.usage(); used-r.Bytes+size > s.opts.MaxBytes {
-				return fmt.Errorf("%w: the state would have %d bytes instead of %d", ErrQuota, size, r.Bytes)
-			}
-		}
-		err := s.change(v, r, func(r *record) {
-			r.Data, r.Base = id, ID{}
-			r.Bytes, r.Pages, r.Zero, r.Extents = size, int64(b.slots), 0, int64(len(es))
-		})
-		// If it failed, the record may be either: the next Open removes the
-		// file that it does not name.
-		kept = true
-		if err != nil {
-			return err
-		}
-		_ = s.gc(v) // if not now, then at the next Open
-		return nil
-	})
 }

@@ -121,17 +121,16 @@ func (s *Server) balloon(c *proto.Call, req *BalloonRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	w, ok := m.(MemoryMachine)
-	if !ok || w.Balloon() == nil {
-		return nil, ErrNoBalloon
+	b, err := balloonOf(m)
+	if err != nil {
+		return nil, err
 	}
-	b := w.Balloon()
 	if req.SampleMS < 0 || req.Samples < 0 || req.Samples > balloon.MaxSamples || req.SampleMS > time.Hour.Milliseconds() {
 		return nil, badRequest(fmt.Errorf("sampling %d pages every %d ms: want at most %d pages, and an hour", req.Samples, req.SampleMS, balloon.MaxSamples))
 	}
 	if req.Target != 0 {
-		if err := b.SetTarget(req.Target); err != nil {
-			return nil, badRequest(err)
+		if err := setTarget(m, req.Target); err != nil {
+			return nil, err
 		}
 	}
 	if req.SampleMS != 0 || req.Samples != 0 {
@@ -141,7 +140,7 @@ func (s *Server) balloon(c *proto.Call, req *BalloonRequest) (any, error) {
 		s.sampling = want
 		s.mu.Unlock()
 		if begin {
-			w.SampleMemory(balloon.SamplerConfig{Interval: time.Duration(req.SampleMS) * time.Millisecond, Samples: req.Samples})
+			m.(MemoryMachine).SampleMemory(balloon.SamplerConfig{Interval: time.Duration(req.SampleMS) * time.Millisecond, Samples: req.Samples})
 		}
 	}
 	if req.StatsMS > 0 {
@@ -167,6 +166,26 @@ func (s *Server) balloon(c *proto.Call, req *BalloonRequest) (any, error) {
 	r.Paused, r.Policy = s.paused, s.cfg.Info.Policy
 	s.mu.Unlock()
 	return r, nil
+}
+
+// balloonOf is a machine's balloon.
+func balloonOf(m Machine) (*balloon.Device, error) {
+	if w, ok := m.(MemoryMachine); ok && w.Balloon() != nil {
+		return w.Balloon(), nil
+	}
+	return nil, ErrNoBalloon
+}
+
+// setTarget sets the memory that the guest shall have, in bytes.
+func setTarget(m Machine, n uint64) error {
+	b, err := balloonOf(m)
+	if err != nil {
+		return err
+	}
+	if err := b.SetTarget(n); err != nil {
+		return badRequest(err)
+	}
+	return nil
 }
 
 // sampling is what SampleMemory was last called with.

@@ -14,6 +14,8 @@
 package control
 
 import (
+	"cmp"
+
 	"github.com/gondola-vmm/gondola/devices/iostat"
 	"github.com/gondola-vmm/gondola/devices/ratelimit"
 	"github.com/gondola-vmm/gondola/vmm"
@@ -72,6 +74,18 @@ type Info struct {
 	Labels map[string]string `cbor:"42,keyasint,omitempty" json:"labels,omitempty"`
 	// Devices are the disks and networks with their counters.
 	Devices []iostat.Info `cbor:"14,keyasint,omitempty" json:"devices,omitempty"`
+	// Orders is what work orders have made of its allocations; nil: nothing.
+	Orders *Orders `cbor:"43,keyasint,omitempty" json:"orders,omitempty"`
+}
+
+// CPUShares are the shares that count for processor time: Policy's, and what work
+// orders make of them.
+func (i *Info) CPUShares() uint64 {
+	n := cmp.Or(i.Policy.Shares, DefaultShares)
+	if i.Orders != nil {
+		n = max(n*i.Orders.CPU/UsualCPUPart, 1)
+	}
+	return n
 }
 
 // Requests count what a guest asked of its monitor over port A, and what it was told
@@ -116,6 +130,7 @@ type Disk struct {
 	Path     string           `cbor:"1,keyasint"` // absolute
 	ReadOnly bool             `cbor:"2,keyasint,omitempty"`
 	COW      bool             `cbor:"3,keyasint,omitempty"` // write to a temporary layer
+	Backing  bool             `cbor:"6,keyasint,omitempty"` // a qcow2 image may name files that it is based on
 	Serial   string           `cbor:"4,keyasint,omitempty"`
 	Limits   ratelimit.Limits `cbor:"5,keyasint"`
 }

@@ -249,6 +249,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 
 		OpPolicy:     handle(s.policy),
 		OpBalloon:    handle(s.balloon),
+		OpOrder:      handle(s.order),
 		OpCounters:   handle(s.counters),
 		OpResources:  handle(s.resources),
 		OpLimits:     handle(s.limits),

@@ -114,12 +114,18 @@ const (
 var host = sync.OnceValue(func() *hostCPU {
 	h := &hostCPU{features: 1 << featNone}
 	maxLeaf, _, _, _ := cpuid(0, 0)
+	// Each leaf once: CPUID can be slow, it exits to the hypervisor of a host that is
+	// a guest.
+	leaves := map[uint32][4]uint32{}
 	for f, b := range featureBits {
 		if b.leaf == 0 || b.leaf > maxLeaf {
 			continue
 		}
-		var r [4]uint32
-		r[0], r[1], r[2], r[3] = cpuid(b.leaf, 0)
+		r, ok := leaves[b.leaf]
+		if !ok {
+			r[0], r[1], r[2], r[3] = cpuid(b.leaf, 0)
+			leaves[b.leaf] = r
+		}
 		h.features |= uint64(r[b.reg]>>b.bit&1) << f
 	}
 	a := newArea()
@@ -127,17 +133,20 @@ var host = sync.OnceValue(func() *hostCPU {
 	if h.mxcsrMask = binary.LittleEndian.Uint32(a[offMask:]); h.mxcsrMask == 0 {
 		h.mxcsrMask = 0xffbf // Intel SDM volume 1, 11.6.6
 	}
-	if _, _, ecx, _ := cpuid(1, 0); ecx>>27&1 == 0 || maxLeaf < 0xd { // OSXSAVE
+	if leaves[1][2]>>27&1 == 0 || maxLeaf < 0xd { // OSXSAVE
 		return h
 	}
 	h.xsave = true
 	h.xcr0 = xgetbv()
-	eax, _, _, _ := cpuid(0xd, 1)
+	eax, _, supervisor, more := cpuid(0xd, 1)
 	h.xsaveopt, h.xsavec, h.xgetbv1, h.xsaves = eax&1 != 0, eax&2 != 0, eax&4 != 0, eax&8 != 0
 	h.user = xX87 | xSSE
 	lo, _, _, hi := cpuid(0xd, 0)
 	supported := uint64(hi)<<32 | uint64(lo)
 	for i := 2; i < 63; i++ {
+		if (supported|uint64(more)<<32|uint64(supervisor))>>i&1 == 0 {
+			continue // Intel SDM volume 1, 13.2: its leaf is all zeroes
+		}
 		eax, ebx, ecx, _ := cpuid(0xd, uint32(i))
 		h.comp[i] = component{size: eax, offset: ebx, align: ecx&2 != 0}
 		if supported>>i&1 != 0 && ecx&1 == 0 && eax <= AreaSize && ebx <= AreaSize-eax {

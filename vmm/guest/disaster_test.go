@@ -1,6 +1,7 @@
 package guest_test
 
 import (
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -17,12 +18,13 @@ import (
 
 // gate is a writer that takes nothing until it is opened, and counts.
 type gate struct {
-	open  chan struct{}
+	mu    sync.RWMutex
 	taken atomic.Int64
 }
 
 func (g *gate) Write(p []byte) (int, error) {
-	<-g.open
+	g.mu.RLock()
+	defer g.mu.RUnlock()
 	g.taken.Add(int64(len(p)))
 	return len(p), nil
 }
@@ -31,17 +33,11 @@ func (g *gate) Write(p []byte) (int, error) {
 // costs no memory and stays usable; then its kernel panics, and that is a typed exit with
 // the kernel's last words in the log.
 func TestGuestFloodAndPanic(t *testing.T) {
-	hvc := &gate{open: make(chan struct{})}
-	open := func() {
-		select {
-		case <-hvc.open:
-		default:
-			close(hvc.open)
-		}
-	}
-	t.Cleanup(open) // before the guest is closed, which waits for the writer
-	g := vmmtest.Boot(t, guest.Config{Console: guest.VirtioConsole, Output: hvc})
+	hvc := &gate{}
+	hvc.mu.Lock()
+	open := sync.OnceFunc(hvc.mu.Unlock)
 	defer open()
+	g := vmmtest.Boot(t, guest.Config{Console: guest.VirtioConsole, Output: hvc})
 	ctx := g.Within(t)
 
 	before := usage(t)

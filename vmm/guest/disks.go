@@ -17,11 +17,14 @@ const MaxDisks = 16
 
 // Disk is a virtual disk.
 type Disk struct {
-	Path     string // of a raw image, block device or layer (package disk)
+	Path     string // of a raw image, block device, qcow2 image or layer (package disk)
 	ReadOnly bool
 	// COW leaves Path as it is: what the guest writes goes to a temporary layer,
 	// and to those of the machine's states.
 	COW bool
+	// Backing permits a qcow2 image to name the files of the host that it is
+	// based on.
+	Backing bool
 	// Serial is what the guest finds in /sys/block/vd?/serial, at most
 	// blk.MaxSerial characters.
 	Serial string
@@ -54,12 +57,12 @@ type guestDisk struct {
 
 // open opens the disk's image. states is Config.DiskStates.
 func (d Disk) open(states string) (*disk.Disk, error) {
-	o := disk.Options{ReadOnly: d.ReadOnly, States: states}
+	o := disk.Options{ReadOnly: d.ReadOnly, Backing: d.Backing, States: states}
 	switch {
 	case !d.COW || d.ReadOnly:
 		return disk.Open(d.Path, o)
 	case states == "":
-		return disk.Temporary(d.Path, "")
+		return disk.Temporary(d.Path, "", o)
 	}
 	return disk.Scratch(d.Path, o)
 }

@@ -3,6 +3,7 @@ package guest_test
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -29,7 +30,7 @@ func TestGuestDisks(t *testing.T) {
 	for _, n := range []string{"base.img", "ro.img", "cow.img", "hot.img"} {
 		require.NoError(t, os.WriteFile(path(n), pattern, 0o600))
 	}
-	require.NoError(t, disk.Create(path("top.layer"), path("base.img"), 0))
+	require.NoError(t, disk.Create(path("top.layer"), path("base.img"), 0, disk.Options{}))
 	g := vmmtest.Boot(t, guest.Config{
 		Name: "disks", VCPUs: 2, Userland: initramfs.UserlandBusybox, Memory: 256 << 20,
 		Disks: []guest.Disk{
@@ -42,6 +43,9 @@ func TestGuestDisks(t *testing.T) {
 	})
 	sum := func(dev string) string { return strings.Fields(g.Sh(t, "md5sum "+dev))[0] }
 	want := sum("/dev/vdc")
+	hotSize := func(is string) {
+		g.Sh(t, "i=0; until [ $(cat /sys/block/vde/size) "+is+" ]; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done")
+	}
 	t.Run("as Linux sees them", func(t *testing.T) {
 		assert.Equal(t, "4096 4096 4096 4096 0", strings.Join(strings.Fields(g.Sh(t, "cat /sys/block/vd?/size")), " "))
 		assert.Equal(t, "raw-1", strings.TrimSpace(g.Sh(t, "cat /sys/block/vda/serial")))
@@ -78,16 +82,40 @@ func TestGuestDisks(t *testing.T) {
 			name, err := g.AttachDisk(guest.Disk{Path: path("hot.img"), COW: true, Serial: "hot-1"})
 			require.NoError(t, err)
 			require.Equal(t, "vde", name)
-			g.Sh(t, "i=0; while [ $(cat /sys/block/vde/size) = 0 ]; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done")
+			hotSize("!= 0")
 			assert.Equal(t, "hot-1", strings.TrimSpace(g.Sh(t, "cat /sys/block/vde/serial")))
 			assert.Equal(t, want, sum("/dev/vde"))
 			g.Sh(t, "dd if=/dev/zero of=/dev/vde bs=4k count=3 conv=fsync 2>/dev/null")
 			_, err = g.AttachDisk(guest.Disk{Path: path("hot.img"), ReadOnly: true})
 			require.ErrorIs(t, err, guest.ErrNoSlot)
 			require.NoError(t, g.DetachDisk(name))
-			g.Sh(t, "i=0; while [ $(cat /sys/block/vde/size) != 0 ]; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done")
+			hotSize("= 0")
 			require.ErrorIs(t, g.DetachDisk(name), guest.ErrNoDevice)
 			require.Error(t, g.DetachDisk("vda"))
+		}
+	})
+	t.Run("qcow2", func(t *testing.T) {
+		for _, how := range []string{"-O qcow2", "-c -O qcow2"} { // plain and compressed
+			require.NoError(t, os.RemoveAll(path("img.qcow2")))
+			out, err := exec.Command("qemu-img", append(append([]string{"convert"}, strings.Fields(how)...), "-f", "raw", path("hot.img"), path("img.qcow2"))...).CombinedOutput()
+			require.NoError(t, err, "qemu-img (Debian: qemu-utils): %s", out)
+			before, err := os.ReadFile(path("img.qcow2"))
+			require.NoError(t, err)
+			for _, d := range []guest.Disk{{Path: path("img.qcow2"), ReadOnly: true}, {Path: path("img.qcow2"), COW: true}} {
+				name, err := g.AttachDisk(d)
+				require.NoError(t, err)
+				hotSize("!= 0")
+				assert.Equal(t, want, sum("/dev/vde"))
+				if d.COW {
+					g.Sh(t, "dd if=/dev/urandom of=/tmp/q bs=5k count=100 2>/dev/null; dd if=/tmp/q of=/dev/vde bs=5k seek=7 conv=fsync 2>/dev/null")
+					g.Sh(t, "echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vde bs=5k skip=7 count=100 2>/dev/null | cmp - /tmp/q")
+				}
+				require.NoError(t, g.DetachDisk(name))
+				hotSize("= 0")
+			}
+			after, err := os.ReadFile(path("img.qcow2"))
+			require.NoError(t, err)
+			assert.True(t, bytes.Equal(before, after), "the image was not written")
 		}
 	})
 	t.Run("limits", func(t *testing.T) {

@@ -101,6 +101,8 @@ type Config struct {
 	Cmdline string
 	// NoHostCmdline is vmm.Config.NoHostCmdline.
 	NoHostCmdline bool
+	// TimerGrid is vmm.Config.TimerGrid.
+	TimerGrid time.Duration
 	// SelfDecompress and ACPI: see firmware.Linux.
 	SelfDecompress bool
 	ACPI           bool
@@ -209,6 +211,7 @@ type Guest struct {
 	done    chan struct{} // closed when the run has ended
 	exit    vmm.Exit
 	copies  sync.WaitGroup
+	printed chan struct{} // closed when Config.Output has all of the virtio console
 	closing sync.Once
 	err     error
 }
@@ -223,6 +226,9 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 			g.Close()
 		}
 	}()
+	if _, err := vmm.Kind(); err != nil {
+		return nil, err // before a kernel is built in vain
+	}
 	progress := cfg.progress()
 	kernel, initrd, remove, err := cfg.files(ctx, progress)
 	if err != nil {
@@ -288,7 +294,7 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 	}
 	machine := vmm.Config{
 		Name: cfg.Name, VCPUs: cfg.VCPUs, Memory: cfg.Memory,
-		Devices: slices.Concat(devices, cfg.Devices), NoHostCmdline: cfg.NoHostCmdline, Reserved: place, Gate: cfg.Gate,
+		Devices: slices.Concat(devices, cfg.Devices), NoHostCmdline: cfg.NoHostCmdline, TimerGrid: cfg.TimerGrid, Reserved: place, Gate: cfg.Gate,
 	}
 	if cfg.From != nil {
 		machine.Image = cfg.From.Memory
@@ -307,6 +313,7 @@ func Start(ctx context.Context, cfg Config) (_ *Guest, err error) {
 		if err := cfg.From.Load(ctx, g.vm, g.begin); err != nil {
 			return nil, err
 		}
+		g.introduce(cfg.Net)
 	}
 	g.times.Load = time.Since(begin)
 	if cfg.From == nil {
@@ -477,6 +484,7 @@ func (g *Guest) connect(cfg Config) error {
 		return err
 	}
 	g.begin()
+	identity := cfg.Net.identity()
 	g.agent = guestagent.NewClient(agentPort{port}, guestagent.Options{SayHello: func(h *proto.Hello) {
 		h.UnixNano = time.Now().UnixNano()
 		generation := g.generation.Load()
@@ -484,6 +492,7 @@ func (g *Guest) connect(cfg Config) error {
 		if (cfg.From != nil || cfg.Copied) && generation == g.first.Load() {
 			h.Hostname = cmp.Or(cfg.Name, DefaultName)
 		}
+		h.Net = identity
 		// Another one each time: two copies of a guest must not get the same.
 		h.Seed = make([]byte, 64)
 		_, _ = rand.Read(h.Seed) // never fails
@@ -503,14 +512,16 @@ func (g *Guest) connect(cfg Config) error {
 	if out == nil {
 		out = io.Discard
 	}
-	g.copies.Go(func() {
+	g.printed = make(chan struct{})
+	go func() {
+		defer close(g.printed)
 		for {
 			// A session of the guest ends with EOF, and another may follow.
 			if _, err := io.Copy(out, struct{ io.Reader }{g.hvc}); err != nil && !errors.Is(err, console.ErrRestored) {
 				return
 			}
 		}
-	})
+	}()
 	return nil
 }
 
@@ -663,7 +674,7 @@ func (g *Guest) Shutdown(ctx context.Context) error {
 }
 
 // Close ends the guest at once and frees all it has. It is idempotent and legal
-// at any time.
+// at any time. A Config.Output that takes nothing keeps it for a second, not for ever.
 func (g *Guest) Close() error {
 	g.closing.Do(func() {
 		if g.stop != nil {
@@ -690,6 +701,12 @@ func (g *Guest) Close() error {
 			g.agent.Close() // says how the port ended
 		}
 		g.copies.Wait()
+		if g.printed != nil {
+			select {
+			case <-g.printed:
+			case <-time.After(time.Second):
+			}
+		}
 		g.err = errors.Join(errs...)
 	})
 	return g.err

@@ -22,6 +22,7 @@ type consoleLog struct {
 	out  io.Writer
 	wait bool // for the mark
 	seen bool
+	line bool // the mark was seen, the end of its line was not
 }
 
 // all passes everything on to w.
@@ -44,8 +45,15 @@ func (l *consoleLog) Write(p []byte) (int, error) {
 		// The mark may have come in pieces, the last of them now.
 		from := max(0, len(l.buf)-len(p)-len(mark))
 		if i := bytes.Index(l.buf[from:], mark); i >= 0 {
-			l.wait, l.seen = false, true
-			pass = bytes.TrimLeft(l.buf[from+i+len(mark):], "\r\n")
+			l.wait, l.seen, l.line = false, true, true
+			pass = bytes.Clone(l.buf[from+i+len(mark):])
+		}
+	}
+	if l.line && len(pass) > 0 {
+		pass = bytes.TrimLeft(pass, "\r")
+		if len(pass) > 0 {
+			l.line = false
+			pass = bytes.TrimPrefix(pass, []byte("\n"))
 		}
 	}
 	l.mu.Unlock()

@@ -1,10 +1,13 @@
 package guest
 
 import (
+	"cmp"
+	"context"
 	"fmt"
 	"net/netip"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/gondola-vmm/gondola/devices/iostat"
 	"github.com/gondola-vmm/gondola/devices/privnet"
@@ -12,6 +15,8 @@ import (
 	"github.com/gondola-vmm/gondola/devices/tap"
 	"github.com/gondola-vmm/gondola/devices/usernet"
 	"github.com/gondola-vmm/gondola/devices/virtio/net"
+	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/vmm"
 )
 
 // Network is a guest's network interface, eth0.
@@ -26,7 +31,15 @@ type Network struct {
 	// 10.0.2.2.
 	Forwards   []usernet.Forward
 	HostAccess bool
-	// MAC is the address of eth0 (default 52:54:00:12:34:56).
+	// Queues is the number of pairs of queues (default 1, at most tap.MaxQueues);
+	// more than one takes a TAP interface made with multi_queue. The guest uses
+	// as many as it has processors.
+	Queues int
+	// MAC is the address of eth0: by default that of the guest in the state that it
+	// starts from (Config.From), or 52:54:00:12:34:56. A guest from a state where it was
+	// another one is told by its agent, as it is told Address, Gateway and DNS; until
+	// that has happened its cable is out, so that it is never on the network as
+	// another machine.
 	MAC [6]byte
 	MTU uint16 // default 1500
 	// Down leaves the cable out until SetLink.
@@ -38,6 +51,8 @@ type Network struct {
 	Gateway netip.Addr
 	DNS     netip.Addr
 	Limits  ratelimit.Limits
+
+	former *netKind // in the state that the guest starts from
 }
 
 var defaultMAC = [6]byte{0x52, 0x54, 0, 0x12, 0x34, 0x56}
@@ -47,9 +62,12 @@ func (g *Guest) openNetwork(n *Network) error {
 	if n == nil {
 		return nil
 	}
-	c := net.Config{MAC: n.MAC, MTU: n.MTU, Limits: n.Limits}
-	if c.MAC == [6]byte{} {
-		c.MAC = defaultMAC
+	c := net.Config{MAC: cmp.Or(n.MAC, defaultMAC), MTU: n.MTU, Limits: n.Limits}
+	if n.former != nil {
+		c.Former = n.former.MAC
+	}
+	if n.Queues < 0 || n.Queues > 1 && n.Tap == "" {
+		return fmt.Errorf("%w: %d queues of a network: only a TAP interface has more than one", vmm.ErrConfig, n.Queues)
 	}
 	g.netKind = "user"
 	switch {
@@ -62,7 +80,7 @@ func (g *Guest) openNetwork(n *Network) error {
 		c.Backend = p
 	case n.Tap != "":
 		g.netKind = "tap:" + n.Tap
-		t, err := tap.Open(n.Tap)
+		t, err := tap.Open(n.Tap, max(n.Queues, 1))
 		if err != nil {
 			return err
 		}
@@ -83,15 +101,68 @@ func (g *Guest) openNetwork(n *Network) error {
 	return nil
 }
 
+// identity is what a guest that starts from a state where it had another one has to
+// be told of its network; nil: nothing.
+func (n *Network) identity() *proto.NetIdentity {
+	if n == nil || n.former == nil || n.MAC == n.former.MAC && !n.Address.IsValid() {
+		return nil
+	}
+	text := func(valid bool, s fmt.Stringer) string {
+		if !valid {
+			return ""
+		}
+		return s.String()
+	}
+	return &proto.NetIdentity{
+		Was: n.former.MAC[:], MAC: n.MAC[:], Address: text(n.Address.IsValid(), n.Address),
+		Gateway: text(n.Gateway.IsValid(), n.Gateway), DNS: text(n.DNS.IsValid(), n.DNS),
+	}
+}
+
+// identityPatience is how long an agent may take to answer before its guest gets its
+// network as it is.
+const identityPatience = 30 * time.Second
+
+// introduce holds a guest that has to be told who it is off its network until its agent
+// has answered, and so obeyed. The guest does not run yet.
+func (g *Guest) introduce(n *Network) {
+	if n.identity() == nil {
+		return
+	}
+	up := g.net.Link() && !n.Down
+	g.net.SetLink(false)
+	g.copies.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), identityPatience)
+		defer cancel()
+		go func() {
+			select {
+			case <-g.done:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+		_ = g.agent.Ping(ctx) // a guest without an agent keeps what it has
+		select {
+		case <-g.done:
+		default:
+			g.net.SetLink(up)
+		}
+	})
+}
+
 // UserNet is the user-mode network, or nil.
 func (g *Guest) UserNet() *usernet.Network { return g.user }
 
-// SetLink plugs the network's cable in or out.
+// SetLink plugs the network's cable in or out. It cannot be plugged in when the TAP
+// interface has been removed.
 func (g *Guest) SetLink(up bool) error {
 	if g.net == nil {
 		return fmt.Errorf("%w: eth0", ErrNoDevice)
 	}
 	g.net.SetLink(up)
+	if up && !g.net.Link() {
+		return fmt.Errorf("%w: %s has gone; make it again and start the machine again", ErrNoDevice, g.netKind)
+	}
 	return nil
 }
 
@@ -123,6 +194,9 @@ func (g *Guest) netInfo() []iostat.Info {
 		return nil
 	}
 	detail := g.netKind
+	if have, used := g.net.Pairs(); have > 1 {
+		detail += fmt.Sprintf(" (%d of %d queue pairs)", used, have)
+	}
 	if !g.net.Link() {
 		detail += " (no cable)"
 	}

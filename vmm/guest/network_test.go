@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -18,8 +19,15 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/gondola-vmm/gondola/devices/usernet"
+	"github.com/gondola-vmm/gondola/snapshot"
 	"github.com/gondola-vmm/gondola/vmm/guest"
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
+)
+
+// Parts of scripts that wait, 20 s at most.
+const (
+	again       = "i=$((i+1)); [ $i -lt 400 ] || exit 1; sleep 0.05; done"
+	established = "i=0; while ! netstat -tn 2>/dev/null | grep ESTABLISHED | grep -q"
 )
 
 // The user-mode network: both ways, by name server, by DHCP, and with the cable out.
@@ -89,6 +97,30 @@ func TestGuestUserNetwork(t *testing.T) {
 		require.NoError(t, g.VM().Resume())
 		assert.Equal(t, hex.EncodeToString(sum[:]), strings.Fields(g.Sh(t, "wget -q -O - "+url+" | md5sum"))[0])
 	})
+	t.Run("across a restore", func(t *testing.T) {
+		m := withStates(t, g)
+		held, err := net.Listen("tcp4", "127.0.0.1:0")
+		require.NoError(t, err)
+		defer held.Close()
+		_, port, err := net.SplitHostPort(held.Addr().String())
+		require.NoError(t, err)
+		g.Sh(t, "mkfifo /tmp/in; (nc 10.0.2.2 "+port+" <>/tmp/in; touch /tmp/ended) >/dev/null 2>&1 &")
+		c, err := held.Accept()
+		require.NoError(t, err)
+		defer c.Close()
+		g.Sh(t, established+" :"+port+"; do "+again)
+		ctx := vmmtest.Context(t)
+		_, _, err = m.Save(ctx, snapshot.SaveOptions{Name: "held"})
+		require.NoError(t, err)
+		_, _, err = m.Restore(ctx, "held")
+		require.NoError(t, err)
+		require.NoError(t, c.SetDeadline(time.Now().Add(20*time.Second)))
+		_, err = c.Read(make([]byte, 1))
+		require.Error(t, err, "the host's end of the connection ends")
+		require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
+		g.Sh(t, "i=0; while [ ! -e /tmp/ended ]; do echo x >/tmp/in; "+again) // the guest's, when it uses it
+		assert.Equal(t, hex.EncodeToString(sum[:]), strings.Fields(g.Sh(t, "wget -q -O - "+url+" | md5sum"))[0])
+	})
 	for _, d := range g.Devices() {
 		assert.Equal(t, "eth0", d.Name)
 		assert.Greater(t, d.Stats.Read.Bytes, uint64(4<<20))
@@ -117,9 +149,24 @@ func TestGuestPrivateNetwork(t *testing.T) {
 	a.Sh(t, "ping -c 2 -w 30 10.9.0.2")
 	b.Sh(t, "mkfifo /tmp/open; (nc -l -p 7 >/tmp/data <>/tmp/open; touch /tmp/done) >/dev/null 2>&1 & i=0; while ! netstat -ltn 2>/dev/null | grep -q :7; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done")
 	begin := time.Now()
-	sum := a.Sh(t, "head -c 4000000 /dev/urandom >/tmp/data; nc 10.9.0.2 7 </tmp/data; md5sum /tmp/data")
+	sum := a.Sh(t, "head -c 400000 /dev/urandom >/tmp/data; nc 10.9.0.2 7 </tmp/data; md5sum /tmp/data")
 	assert.Equal(t, sum, b.Sh(t, "i=0; while [ ! -e /tmp/done ]; do i=$((i+1)); [ $i -lt 400 ] || exit 1; sleep 0.05; done; md5sum /tmp/data"))
-	t.Logf("4 MB from guest to guest in %v", time.Since(begin))
+	t.Logf("400 kB from guest to guest in %v", time.Since(begin))
+	t.Run("across a restore", func(t *testing.T) {
+		// One side goes back to where it was, the other notices nothing.
+		m := withStates(t, a)
+		b.Sh(t, "(nc -l -p 8 >/tmp/late <>/tmp/open) >/dev/null 2>&1 & i=0; while ! netstat -ltn 2>/dev/null | grep -q :8; do "+again)
+		a.Sh(t, "mkfifo /tmp/in; (nc 10.9.0.2 8 <>/tmp/in) >/dev/null 2>&1 &")
+		a.Sh(t, established+" 10.9.0.2:8; do "+again)
+		ctx := vmmtest.Context(t)
+		_, _, err := m.Save(ctx, snapshot.SaveOptions{Name: "idle"})
+		require.NoError(t, err)
+		_, _, err = m.Restore(ctx, "idle")
+		require.NoError(t, err)
+		a.Sh(t, "echo the connection has survived >/tmp/in")
+		assert.Equal(t, "the connection has survived", b.Sh(t, "i=0; while [ ! -s /tmp/late ]; do "+again+"; cat /tmp/late"))
+		a.Sh(t, "ping -c 1 -w 20 10.9.0.2")
+	})
 	for _, d := range a.Devices() {
 		if d.Name == "eth0" {
 			assert.Equal(t, "private:lab", d.Detail)

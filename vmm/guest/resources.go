@@ -63,7 +63,7 @@ func (g *Guest) openResources(cfg Config) {
 			r, err := g.agent.CPUs(ctx, proto.CPURequest{Count: n})
 			return r.Online, err
 		},
-		Times: g.vm.CPUTimes,
+		Times: g.vm.CPUTimes, Waits: g.vm.CPUWaits,
 	})
 	g.Resources() // what devices are limited to now is what they were started with
 }

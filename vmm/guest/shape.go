@@ -44,6 +44,16 @@ type netKind struct {
 	Host bool    `json:"host,omitempty"`
 	MAC  [6]byte `json:"mac"`
 	MTU  uint16  `json:"mtu,omitempty"`
+	IP   string  `json:"ip,omitempty"` // that it was given, with the bits of its network
+}
+
+// Address is the one that the guest was given on its network, other than the
+// user-mode network; "" if it was given none.
+func (s Shape) Address() string {
+	if s.Net == nil {
+		return ""
+	}
+	return s.Net.IP
 }
 
 // Shape of the guest.
@@ -54,6 +64,12 @@ func (c Config) Shape() Shape {
 	}
 	if n := c.Net; n != nil {
 		s.Net = &netKind{Tap: n.Tap != "", Hub: n.Private != "", Host: n.HostAccess, MAC: cmp.Or(n.MAC, defaultMAC), MTU: n.MTU}
+		switch {
+		case n.Address.IsValid():
+			s.Net.IP = n.Address.String()
+		case n.former != nil:
+			s.Net.IP = n.former.IP
+		}
 	}
 	if v := c.Vsock; v != nil {
 		s.Vsock = v.CID
@@ -83,7 +99,8 @@ func ParseShape(text string) (s Shape, err error) {
 }
 
 // Apply makes a configuration one for a guest of this shape. The configuration brings
-// disks, and a TAP interface for a guest that had one; ErrShape says what is missing.
+// disks, and a TAP interface or a private network for a guest that had one, on which it
+// may be another one than in the state (Network.MAC); ErrShape says what is missing.
 func (s Shape) Apply(c *Config) error {
 	switch {
 	case len(c.Disks) != s.Disks:
@@ -94,6 +111,8 @@ func (s Shape) Apply(c *Config) error {
 		return fmt.Errorf("%w: it is of a guest with the network of a TAP interface: %t; the one that is given is the other kind", ErrShape, s.Net.Tap)
 	case s.Net != nil && s.Net.Hub != (c.Net != nil && c.Net.Private != ""):
 		return fmt.Errorf("%w: it is of a guest with a private network: %t; the one that is given is the other kind", ErrShape, s.Net.Hub)
+	case s.Net != nil && c.Net != nil && c.Net.MTU != 0 && c.Net.MTU != s.Net.MTU:
+		return fmt.Errorf("%w: it is of a guest with an MTU of %d (0: none was set), and %d is given", ErrShape, s.Net.MTU, c.Net.MTU)
 	case s.Vsock == 0 && c.Vsock != nil:
 		return fmt.Errorf("%w: it is of a guest without virtio sockets, and some are given", ErrShape)
 	}
@@ -102,7 +121,7 @@ func (s Shape) Apply(c *Config) error {
 		if c.Net == nil {
 			c.Net = &Network{HostAccess: s.Net.Host}
 		}
-		c.Net.MAC, c.Net.MTU = s.Net.MAC, s.Net.MTU
+		c.Net.MAC, c.Net.MTU, c.Net.former = cmp.Or(c.Net.MAC, s.Net.MAC), s.Net.MTU, s.Net
 	}
 	if s.Vsock != 0 {
 		if c.Vsock == nil {

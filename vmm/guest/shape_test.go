@@ -2,6 +2,7 @@ package guest
 
 import (
 	"context"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
@@ -9,6 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/vmm"
 )
 
@@ -35,6 +37,26 @@ func TestShape(t *testing.T) {
 	for _, tc := range []struct{ of, with Config }{{Config{}, disk}, {disk, Config{}}, {Config{}, user}, {user, tap}, {tap, user}, {tap, Config{}}} {
 		assert.ErrorIs(t, tc.of.Shape().Apply(&tc.with), ErrShape)
 	}
+}
+
+// A copy may be another station, which its states remember.
+func TestShapeOfCopies(t *testing.T) {
+	original := Config{Net: &Network{Private: "n", MAC: [6]byte{2, 0, 0, 0, 0, 1}, Address: netip.MustParsePrefix("10.9.0.1/24")}}
+	s := original.Shape()
+	assert.Equal(t, "10.9.0.1/24", s.Address())
+	same := Config{Net: &Network{Private: "n"}}
+	require.NoError(t, s.Apply(&same))
+	assert.Equal(t, s, same.Shape(), "an address that it was not given again it has still")
+	assert.Nil(t, same.Net.identity())
+	other := Config{Net: &Network{Private: "n", MAC: [6]byte{2, 0, 0, 0, 0, 2}, Gateway: netip.MustParseAddr("10.9.0.254")}}
+	require.NoError(t, s.Apply(&other))
+	assert.Equal(t, &proto.NetIdentity{Was: original.Net.MAC[:], MAC: other.Net.MAC[:], Gateway: "10.9.0.254"}, other.Net.identity())
+	moved := Config{Net: &Network{Private: "n", Address: netip.MustParsePrefix("10.9.0.7/24")}}
+	require.NoError(t, s.Apply(&moved))
+	assert.Equal(t, &proto.NetIdentity{Was: original.Net.MAC[:], MAC: original.Net.MAC[:], Address: "10.9.0.7/24"}, moved.Net.identity())
+	assert.Equal(t, "10.9.0.7/24", moved.Shape().Address())
+	assert.ErrorIs(t, s.Apply(&Config{Net: &Network{Private: "n", MTU: 9000}}), ErrShape)
+	assert.Nil(t, original.Net.identity(), "it booted")
 }
 
 func FuzzParseShape(f *testing.F) {

@@ -87,11 +87,7 @@ func TestGuestVsock(t *testing.T) {
 		assert.Equal(t, fmt.Sprintf("%d %x <nil>", len(data), sha256.Sum256(data)), <-sum)
 	})
 	t.Run("across a restore", func(t *testing.T) {
-		s, err := store.Open(filepath.Join(t.TempDir(), "states"), store.Options{Buffer: 64 << 20})
-		require.NoError(t, err)
-		defer s.Close()
-		m := snapshot.New(snapshot.Config{VM: g.VM(), Store: s, Restored: g.Renew})
-		defer m.Close()
+		m := withStates(t, g)
 		l := listen(7000)
 		g.Sh(t, "rm -f /tmp/held /tmp/reset; ("+child+"hold 7000 >/tmp/out 2>&1 &)")
 		c, err := l.Accept()
@@ -116,4 +112,16 @@ func TestGuestVsock(t *testing.T) {
 			assert.NotZero(t, d.Stats.Other.Ops)
 		}
 	}
+}
+
+// withStates lets a guest's states be saved and restored.
+func withStates(t *testing.T, g *vmmtest.Guest) *snapshot.Manager {
+	s, err := store.Open(filepath.Join(t.TempDir(), "states"), store.Options{Buffer: 64 << 20})
+	require.NoError(t, err)
+	m := snapshot.New(snapshot.Config{VM: g.VM(), Store: s, Restored: g.Renew})
+	t.Cleanup(func() {
+		assert.NoError(t, m.Close())
+		assert.NoError(t, s.Close())
+	})
+	return m
 }

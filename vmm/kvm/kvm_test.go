@@ -143,5 +143,5 @@ func TestErrors(t *testing.T) {
 	err := vm.SetUserMemoryRegion(UserspaceMemoryRegion{Slot: 1, GuestPhysAddr: 0x1000, MemorySize: 4096, UserspaceAddr: 123})
 	assert.True(t, errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EEXIST), "%v", err)
 	assert.ErrorContains(t, err, "KVM_SET_USER_MEMORY_REGION")
-	assert.ErrorIs(t, vm.DenyMSRs(0, 65), unix.EINVAL)
+	assert.ErrorIs(t, vm.DenyMSRs(MSRRange{N: 65}), unix.EINVAL)
 }

@@ -116,21 +116,35 @@ func (v *VM) EnableCap(c Cap, arg uint64) error {
 	return nil
 }
 
-// DenyMSRs makes guest accesses to n consecutive MSRs (up to 64) from base
-// leave KVM_RUN with ExitRDMSR or ExitWRMSR; all others stay with the kernel.
-// MSRExitFilter must have been enabled through CapX86UserSpaceMSR
-// (KVM API 4.97).
-func (v *VM) DenyMSRs(base, n uint32) error {
-	if n == 0 || n > 64 {
-		return fmt.Errorf("KVM_X86_SET_MSR_FILTER: %d MSRs: %w", n, unix.EINVAL)
+// MSRRange is N consecutive MSRs, up to 64, from Base on.
+type MSRRange struct {
+	Base, N uint32
+	// WriteOnly leaves reading to the kernel.
+	WriteOnly bool
+}
+
+// DenyMSRs makes guest accesses to the MSRs of up to 16 ranges leave KVM_RUN with
+// ExitRDMSR or ExitWRMSR; all others stay with the kernel. MSRExitFilter must have
+// been enabled through CapX86UserSpaceMSR (KVM API 4.97).
+func (v *VM) DenyMSRs(ranges ...MSRRange) error {
+	f := msrFilter{}
+	if len(ranges) > len(f.Ranges) {
+		return fmt.Errorf("KVM_X86_SET_MSR_FILTER: %d ranges: %w", len(ranges), unix.EINVAL)
 	}
 	var denied uint64 // a clear bit denies
-	f := msrFilter{}
-	f.Ranges[0] = msrFilterRange{
-		Flags:  msrFilterRead | msrFilterWrite,
-		NMSRs:  n,
-		Base:   base,
-		Bitmap: uint64(uintptr(unsafe.Pointer(&denied))),
+	for i, r := range ranges {
+		if r.N == 0 || r.N > 64 {
+			return fmt.Errorf("KVM_X86_SET_MSR_FILTER: %d MSRs: %w", r.N, unix.EINVAL)
+		}
+		f.Ranges[i] = msrFilterRange{
+			Flags:  msrFilterRead | msrFilterWrite,
+			NMSRs:  r.N,
+			Base:   r.Base,
+			Bitmap: uint64(uintptr(unsafe.Pointer(&denied))),
+		}
+		if r.WriteOnly {
+			f.Ranges[i].Flags = msrFilterWrite
+		}
 	}
 	err := ioctlPtr(v.fd(), "KVM_X86_SET_MSR_FILTER", kvmSetMSRFilter, &f)
 	runtime.KeepAlive(&denied)

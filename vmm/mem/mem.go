@@ -128,6 +128,9 @@ type Memory struct {
 	cleanup runtime.Cleanup
 	private *private // nil: the mapping is shared with file
 
+	watchMu sync.Mutex
+	watch   *watch // nil: nothing is watched
+
 	// Whether the mapping is shared, found out once.
 	sharedOnce sync.Once
 	sharedErr  error
@@ -287,6 +290,11 @@ func (m *Memory) Close() error {
 		return nil
 	}
 	m.dirty.Store(nil)
+	m.watchMu.Lock()
+	if m.private != nil {
+		m.unwatch()
+	}
+	m.watchMu.Unlock()
 	// MAP_FIXED replaces the file's pages in one step.
 	err := mapZero(m.base, uintptr(m.Size()))
 	if m.private != nil {

@@ -516,7 +516,7 @@ func TestInsertAndRemove(t *testing.T) {
 func TestParallel(t *testing.T) {
 	base := filepath.Join(t.TempDir(), "base")
 	require.NoError(t, disk.CreateRaw(base, 4<<20))
-	d, err := disk.Temporary(base, t.TempDir())
+	d, err := disk.Temporary(base, t.TempDir(), disk.Options{})
 	require.NoError(t, err)
 	m := start(t, blk.Config{Image: d, Queues: 4}, all)
 	model := make([]byte, 4<<20)

@@ -24,13 +24,14 @@ type cable struct {
 	sent     chan []byte
 	arriving chan []byte
 	done     chan struct{}
+	gone     chan struct{} // closed: the other end has gone
 	offloads uint64
 }
 
 var errUnplugged = errors.New("unplugged")
 
 func newCable(offloads uint64) *cable {
-	return &cable{sent: make(chan []byte, 1024), arriving: make(chan []byte, 1024), done: make(chan struct{}), offloads: offloads}
+	return &cable{sent: make(chan []byte, 1024), arriving: make(chan []byte, 1024), done: make(chan struct{}), gone: make(chan struct{}), offloads: offloads}
 }
 
 func (c *cable) Send(p []byte) error { c.sent <- bytes.Clone(p); return nil }
@@ -39,8 +40,9 @@ func (c *cable) Receive(p []byte) (int, error) {
 	case b := <-c.arriving:
 		return copy(p, b), nil
 	case <-c.done:
-		return 0, errUnplugged
+	case <-c.gone:
 	}
+	return 0, errUnplugged
 }
 func (c *cable) Offloads() uint64        { return c.offloads }
 func (c *cable) Negotiated(uint64) error { return nil }
@@ -59,10 +61,15 @@ var mac = [6]byte{2, 0, 0, 0, 0, 1}
 
 func start(t testing.TB, c net.Config, offloads, features uint64) *machine {
 	t.Helper()
+	cab := newCable(offloads)
+	return startOn(t, c, cab, cab, features)
+}
+
+func startOn(t testing.TB, c net.Config, cab *cable, backend net.Backend, features uint64) *machine {
+	t.Helper()
 	m, err := mem.New(8<<20, mem.Options{})
 	require.NoError(t, err)
-	cab := newCable(offloads)
-	c.Backend, c.MAC = cab, mac
+	c.Backend, c.MAC = backend, mac
 	dev, err := net.New(c)
 	require.NoError(t, err)
 	irq := virtiotest.NewIRQ()

@@ -116,6 +116,12 @@ func (w *worker) call() (int64, error) {
 		return w.chmod(fd(0), a[1], uint32(a[2]), 0)
 	case sysFchmodat2:
 		return w.chmod(fd(0), a[1], uint32(a[2]), flags(3))
+	case unix.SYS_FCHMOD:
+		p, err := w.ofBase(fd(0))
+		return w.modify(p, err, func(path string) error { return unix.Chmod(path, uint32(a[1])&0o7777) })
+	case unix.SYS_FCHOWN:
+		p, err := w.ofBase(fd(0))
+		return w.modify(p, err, func(path string) error { return unix.Chown(path, int(int32(a[1])), int(int32(a[2]))) })
 	case unix.SYS_CHOWN:
 		return w.chown(cwd, a[0], a[1], a[2], 0)
 	case unix.SYS_LCHOWN:
@@ -127,7 +133,8 @@ func (w *worker) call() (int64, error) {
 	case unix.SYS_UTIME, unix.SYS_UTIMES, unix.SYS_FUTIMESAT, unix.SYS_UTIMENSAT:
 		return w.utimes()
 	case unix.SYS_SETXATTR, unix.SYS_LSETXATTR, unix.SYS_GETXATTR, unix.SYS_LGETXATTR,
-		unix.SYS_LISTXATTR, unix.SYS_LLISTXATTR, unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR:
+		unix.SYS_LISTXATTR, unix.SYS_LLISTXATTR, unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR,
+		unix.SYS_FSETXATTR, unix.SYS_FREMOVEXATTR:
 		return w.xattr()
 	case unix.SYS_INOTIFY_ADD_WATCH:
 		return w.inotify(fd(0), a[1], uint32(a[2]))
@@ -204,16 +211,16 @@ func (s *Supervisor) tooLong(virt string) bool { return len(s.space.Root)+len(vi
 
 // room prepares the directory of a new place, and the name itself. The caller
 // holds the tree.
-func (w *worker) room(p *place) error {
+func (w *worker) room(p *place, typ table.Type) error {
 	if p.parent.pass || p.dec.Outcome == table.Pass {
 		return unix.EROFS
 	}
 	if w.s.tooLong(p.virt) {
 		return unix.ENAMETOOLONG
 	}
-	dec := w.s.live.Load().Decide(table.Request{Type: table.File, Name: p.virt, Action: table.Create, Program: w.prog(w.s.live.Load())})
+	dec := w.s.live.Load().Decide(table.Request{Type: typ, Name: p.virt, Action: table.Create, Program: w.prog(w.s.live.Load())})
 	if dec.Outcome == table.Refuse {
-		w.note(p.virt, table.File, table.Create, dec)
+		w.note(p.virt, typ, table.Create, dec)
 		return dec.Errno
 	}
 	if dec.Name != p.virt {
@@ -222,7 +229,7 @@ func (w *worker) room(p *place) error {
 	if dec.Outcome == table.Pass {
 		return unix.EROFS
 	}
-	w.note(p.virt, table.File, table.Create, dec)
+	w.note(p.virt, typ, table.Create, dec)
 	if !p.parent.up {
 		if err := w.asRoot(func() error { return w.s.ensureDir(p.parent.virt) }); err != nil {
 			return err
@@ -302,23 +309,23 @@ func (w *worker) mayWriteDir(p *place) error {
 }
 
 // newPlace walks to a name that must not exist, and makes room for it.
-func (w *worker) create(dirfd int32, addr uint64, dir bool, f func(d int, name string) error) (int64, error) {
-	return w.createAs(dirfd, addr, dir, func(p *place) error { return w.put(p, dir, false, f) })
+func (w *worker) create(dirfd int32, addr uint64, typ table.Type, f func(d int, name string) error) (int64, error) {
+	return w.createAs(dirfd, addr, typ, func(p *place) error { return w.put(p, typ == table.Dir, false, f) })
 }
 
-func (w *worker) createAs(dirfd int32, addr uint64, dir bool, f func(p *place) error) (int64, error) {
+func (w *worker) createAs(dirfd int32, addr uint64, typ table.Type, f func(p *place) error) (int64, error) {
 	return 0, w.changing(func() error {
-		p, err := w.at(dirfd, addr, walkOpts{action: table.Create})
+		p, err := w.at(dirfd, addr, walkOpts{action: table.Create, typ: typ, name: true, makes: true})
 		if err != nil {
 			return err
 		}
 		if p.exists() {
 			return unix.EEXIST
 		}
-		if p.slash && !dir {
+		if p.slash && typ != table.Dir {
 			return unix.ENOENT
 		}
-		if err := w.room(p); err != nil {
+		if err := w.room(p, typ); err != nil {
 			return err
 		}
 		return f(p)
@@ -327,7 +334,7 @@ func (w *worker) createAs(dirfd int32, addr uint64, dir bool, f func(p *place) e
 
 func (w *worker) mkdir(dirfd int32, addr uint64, mode uint32) (int64, error) {
 	mode = mode & 0o1777 &^ w.umask()
-	return w.create(dirfd, addr, true, func(d int, n string) error { return unix.Mkdirat(d, n, mode) })
+	return w.create(dirfd, addr, table.Dir, func(d int, n string) error { return unix.Mkdirat(d, n, mode) })
 }
 
 func (w *worker) mknod(dirfd int32, addr uint64, mode uint32, dev uint64) (int64, error) {
@@ -342,7 +349,7 @@ func (w *worker) mknod(dirfd int32, addr uint64, mode uint32, dev uint64) (int64
 		return 0, unix.EPERM
 	}
 	mode &^= w.umask()
-	return w.create(dirfd, addr, false, func(d int, n string) error { return unix.Mknodat(d, n, mode, int(uint32(dev))) })
+	return w.create(dirfd, addr, kind(mode), func(d int, n string) error { return unix.Mknodat(d, n, mode, int(uint32(dev))) })
 }
 
 func (w *worker) symlink(target uint64, dirfd int32, addr uint64) (int64, error) {
@@ -353,7 +360,7 @@ func (w *worker) symlink(target uint64, dirfd int32, addr uint64) (int64, error)
 	if to == "" {
 		return 0, unix.ENOENT
 	}
-	return w.create(dirfd, addr, false, func(d int, n string) error { return unix.Symlinkat(to, d, n) })
+	return w.create(dirfd, addr, table.File, func(d int, n string) error { return unix.Symlinkat(to, d, n) })
 }
 
 func (w *worker) link(olddir int32, oldaddr uint64, newdir int32, newaddr, flags uint64) (int64, error) {
@@ -367,7 +374,7 @@ func (w *worker) link(olddir int32, oldaddr uint64, newdir int32, newaddr, flags
 	if !old.exists() {
 		return 0, unix.ENOENT
 	}
-	return w.createAs(newdir, newaddr, false, func(p *place) error {
+	return w.createAs(newdir, newaddr, table.File, func(p *place) error {
 		if old.isDir() {
 			return unix.EPERM
 		}
@@ -420,11 +427,26 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 		o.root, o.beyond = start, resolve&unix.RESOLVE_BENEATH != 0
 	}
 	o.nolink = resolve&unix.RESOLVE_NO_SYMLINKS != 0
+	if base := path.Base(name); f&unix.O_CREAT != 0 && strings.HasSuffix(name, "/") && base != "." && base != ".." && base != "/" {
+		// Whatever is there, or is not.
+		o.follow, o.name, o.makes = false, true, true
+		if _, err := w.walk(start, name, o); err != nil {
+			return 0, err
+		}
+		return 0, unix.EISDIR
+	}
+	o.looks = !write && !tmpfile && f&unix.O_CREAT == 0
+	if o.looks && f&unix.O_DIRECTORY != 0 && f&unix.O_PATH == 0 {
+		o.dir = f &^ unix.O_CLOEXEC
+	}
 	p, err := w.walk(start, name, o)
 	if err != nil {
 		return 0, err
 	}
 	cloexec := f&unix.O_CLOEXEC != 0
+	if p.fd != 0 {
+		return w.give(p.fd, cloexec)
+	}
 	f &^= unix.O_CLOEXEC
 	if f&unix.O_CREAT != 0 || tmpfile {
 		mode = mode & 0o7777 &^ w.umask()
@@ -449,7 +471,7 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 				again = true
 				return nil
 			}
-			if err := w.room(q); err != nil {
+			if err := w.room(q, table.File); err != nil {
 				return err
 			}
 			return w.put(q, false, false, func(d int, n string) (err error) {
@@ -478,6 +500,12 @@ func (w *worker) open(dirfd int32, addr, flags uint64, mode uint32, resolve uint
 	case p.isDir():
 		if write && !tmpfile || f&unix.O_CREAT != 0 {
 			return 0, unix.EISDIR
+		}
+		if p.merged && w.switched && f&unix.O_PATH == 0 && !tmpfile {
+			// The descriptor is of the base's directory, whose rights do not count.
+			if err := w.access(p, unix.R_OK); err != nil {
+				return 0, err
+			}
 		}
 		if tmpfile {
 			err := w.changing(func() error { return w.ready(p, false) })
@@ -626,16 +654,24 @@ func (w *worker) openSlow(p *place, f int, cloexec bool) (int64, error) {
 		return 0, err
 	}
 	defer unix.Close(path)
-	go w.watch(done, func() {
-		// Opening both ends lets the other opener go.
-		if fd, err := unix.Open(fdPath(path), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_NOCTTY, 0); err == nil {
-			unix.Close(fd)
-		}
-	})
+	signalled := make(chan bool, 1)
+	go func() {
+		signalled <- w.watch(done, func() {
+			// Opening both ends lets the other opener go.
+			if fd, err := unix.Open(fdPath(path), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_NOCTTY, 0); err == nil {
+				unix.Close(fd)
+			}
+		})
+	}()
 	fd, err := w.openPlace(p, f)
 	close(done)
-	if err != nil {
+	again := <-signalled
+	switch {
+	case err != nil:
 		return 0, err
+	case again:
+		unix.Close(fd)
+		return 0, restart
 	}
 	return w.give(fd, cloexec)
 }
@@ -744,7 +780,7 @@ func (w *worker) stat(dirfd int32, addr, out, flags uint64) (int64, error) {
 	if flags&^(unix.AT_SYMLINK_NOFOLLOW|unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT) != 0 {
 		return 0, unix.EINVAL
 	}
-	p, err := w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0})
+	p, err := w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0, looks: true})
 	if err != nil {
 		return 0, err
 	}
@@ -769,7 +805,7 @@ func (w *worker) statx(dirfd int32, addr, flags uint64, mask uint32, out uint64)
 	if flags&^(unix.AT_SYMLINK_NOFOLLOW|unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT|statxSync) != 0 || mask>>31 != 0 {
 		return 0, unix.EINVAL
 	}
-	p, err := w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0})
+	p, err := w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0, looks: true})
 	if err != nil {
 		return 0, err
 	}
@@ -806,7 +842,7 @@ func (w *worker) onPath(p *place, f func(path string) error) error {
 }
 
 func (w *worker) statfs(addr, out uint64) (int64, error) {
-	p, err := w.at(cwd, addr, walkOpts{follow: true})
+	p, err := w.at(cwd, addr, walkOpts{follow: true, looks: true})
 	if err != nil {
 		return 0, err
 	}
@@ -824,7 +860,7 @@ func (w *worker) faccess(dirfd int32, addr uint64, mode uint32, flags uint64) (i
 	if mode&^7 != 0 || flags&^(unix.AT_SYMLINK_NOFOLLOW|unix.AT_EMPTY_PATH|unix.AT_EACCESS) != 0 {
 		return 0, unix.EINVAL
 	}
-	p, err := w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0})
+	p, err := w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0, looks: true})
 	if err != nil {
 		return 0, err
 	}
@@ -863,7 +899,7 @@ func (w *worker) readlink(dirfd int32, addr, out uint64, size int64) (int64, err
 		if err != nil {
 			return 0, err
 		}
-		p, err := w.walk(start, name, walkOpts{action: table.Read})
+		p, err := w.walk(start, name, walkOpts{action: table.Read, looks: true})
 		if err != nil {
 			return 0, err
 		}
@@ -913,33 +949,29 @@ func (w *worker) unlink(dirfd int32, addr, flags uint64) (int64, error) {
 		if err != nil {
 			return err
 		}
-		if dir {
-			switch path.Base(name) {
-			case ".":
-				return unix.EINVAL
-			case "..":
-				return unix.ENOTEMPTY
-			}
-		}
 		start, err := w.start(dirfd, name)
 		if err != nil {
 			return err
 		}
-		p, err := w.walk(start, name, walkOpts{action: table.Delete})
+		p, err := w.walk(start, name, walkOpts{action: table.Delete, name: true})
 		if err != nil {
 			return err
 		}
-		switch {
+		switch base := path.Base(name); {
+		case dir && base == ".":
+			return unix.EINVAL
+		case dir && base == "..":
+			return unix.ENOTEMPTY
 		case !p.exists():
 			return unix.ENOENT
 		case p.layer == magic:
 			return unix.EPERM
+		case !dir && p.isDir():
+			return unix.EISDIR
 		case p.virt == "/":
 			return unix.EBUSY
 		case dir && !p.isDir():
 			return unix.ENOTDIR
-		case !dir && p.isDir():
-			return unix.EISDIR
 		case p.dec.Outcome == table.Pass:
 			return unix.EROFS
 		}
@@ -1029,16 +1061,20 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 	}
 	return 0, w.changing(func() error {
 		s := w.s
-		old, err := w.at(olddir, oldaddr, walkOpts{action: table.Delete})
+		old, err := w.at(olddir, oldaddr, walkOpts{action: table.Delete, name: true, makes: true})
 		if err != nil {
 			return err
 		}
-		p, err := w.at(newdir, newaddr, walkOpts{action: table.Create})
+		p, err := w.at(newdir, newaddr, walkOpts{action: table.Create, name: true, makes: true})
 		if err != nil {
 			return err
 		}
 		switch {
-		case old.dots || p.dots:
+		case old.dots:
+			return unix.EBUSY
+		case p.dots && flags&unix.RENAME_NOREPLACE != 0:
+			return unix.EEXIST
+		case p.dots:
 			return unix.EBUSY
 		case !old.exists():
 			return unix.ENOENT
@@ -1046,18 +1082,22 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 			return unix.EPERM
 		case old.virt == "/" || p.virt == "/":
 			return unix.EBUSY
-		case old.dec.Outcome == table.Pass || p.dec.Outcome == table.Pass:
-			return unix.EROFS
 		case p.exists() && flags&unix.RENAME_NOREPLACE != 0:
 			return unix.EEXIST
+		case !p.exists() && flags&unix.RENAME_EXCHANGE != 0:
+			return unix.ENOENT
+		case flags&unix.RENAME_EXCHANGE != 0 && p.slash && !p.isDir(),
+			old.slash && !old.isDir(),
+			flags&unix.RENAME_EXCHANGE == 0 && p.slash && !old.isDir():
+			return unix.ENOTDIR
+		case old.dec.Outcome == table.Pass || p.dec.Outcome == table.Pass:
+			return unix.EROFS
 		case old.virt == p.virt:
 			return nil
 		case strings.HasPrefix(p.virt, old.virt+"/"):
 			return unix.EINVAL
 		case strings.HasPrefix(old.virt, p.virt+"/") && flags&unix.RENAME_EXCHANGE == 0:
 			return unix.ENOTEMPTY
-		case p.slash && !old.isDir() && !p.exists():
-			return unix.ENOTDIR
 		}
 		if p.exists() {
 			// Replacing is deleting.
@@ -1126,7 +1166,7 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 		}
 		hides := s.baseHas(old)
 		if !p.exists() {
-			if err := w.room(p); err != nil {
+			if err := w.room(p, kind(old.st.Mode)); err != nil {
 				return err
 			}
 		} else if p.layer == lower {
@@ -1177,6 +1217,43 @@ func (w *worker) rename(olddir int32, oldaddr uint64, newdir int32, newaddr, fla
 			})
 		})
 	})
+}
+
+// ofBase is the place that a descriptor of a file of the base stands for, as long
+// as its name leads to it, or to the environment's copy: what is done to it is done
+// there. Every other descriptor is the kernel's affair (goOn): those of the
+// environment's own, and those of what the environment has deleted, which come from
+// read-only mounts.
+func (w *worker) ofBase(fd int32) (*place, error) {
+	s := w.s
+	own, err := w.getFD(fd)
+	if err != nil {
+		return nil, goOn // it says EBADF
+	}
+	defer unix.Close(own)
+	var st, low unix.Stat_t
+	if fl, err := unix.FcntlInt(uintptr(own), unix.F_GETFL, 0); err != nil || fl&unix.O_PATH != 0 || unix.Fstat(own, &st) != nil {
+		return nil, goOn
+	}
+	n, err := unix.Readlink(fdPath(own), w.linkBuf[:])
+	if err != nil {
+		return nil, goOn
+	}
+	virt, ok := s.named(string(w.linkBuf[:n]))
+	if !ok || s.virtual(virt) != virt {
+		return nil, goOn
+	}
+	p, err := w.walk("/", virt, walkOpts{action: table.Write})
+	switch {
+	case err == unix.ENOENT, err == nil && (!p.exists() || p.dec.Outcome == table.Pass || p.virt != virt):
+		return nil, goOn
+	case err != nil:
+		return nil, err
+	}
+	if s.lstat(lower, virt, &low) != nil || low.Dev != st.Dev || low.Ino != st.Ino || p.layer == upper && !p.below {
+		return nil, goOn
+	}
+	return p, nil
 }
 
 // modify is for calls that change the properties of what is there.
@@ -1234,9 +1311,6 @@ func (w *worker) utimes() (int64, error) {
 		dirfd, addr, times = int32(a[0]), a[1], a[2]
 	case unix.SYS_UTIMENSAT:
 		dirfd, addr, times, flags = int32(a[0]), a[1], a[2], a[3]&0xffffffff
-		if addr == 0 {
-			return 0, goOn // of a descriptor: no name
-		}
 	}
 	if flags&^(unix.AT_SYMLINK_NOFOLLOW|unix.AT_EMPTY_PATH) != 0 {
 		return 0, unix.EINVAL
@@ -1264,7 +1338,13 @@ func (w *worker) utimes() (int64, error) {
 			ts = []unix.Timespec{{Sec: v(0), Nsec: 1000 * v(1)}, {Sec: v(2), Nsec: 1000 * v(3)}}
 		}
 	}
-	p, err := w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0, action: table.Write})
+	var p *place
+	var err error
+	if w.n.nr == unix.SYS_UTIMENSAT && addr == 0 {
+		p, err = w.ofBase(dirfd) // futimens
+	} else {
+		p, err = w.atEmpty(dirfd, addr, flags, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0, action: table.Write})
+	}
 	if err == nil && p.isLink() {
 		if err := w.changing(func() error { return w.ready(p, true) }); err != nil {
 			return 0, err
@@ -1294,8 +1374,15 @@ func (w *worker) xattr() (int64, error) {
 			return 0, err
 		}
 	}
+	at := func() (*place, error) {
+		switch w.n.nr {
+		case unix.SYS_FSETXATTR, unix.SYS_FREMOVEXATTR:
+			return w.ofBase(int32(a[0]))
+		}
+		return w.at(cwd, a[0], o)
+	}
 	switch w.n.nr {
-	case unix.SYS_SETXATTR, unix.SYS_LSETXATTR:
+	case unix.SYS_SETXATTR, unix.SYS_LSETXATTR, unix.SYS_FSETXATTR:
 		if a[3] > 65536 {
 			return 0, unix.E2BIG
 		}
@@ -1304,14 +1391,14 @@ func (w *worker) xattr() (int64, error) {
 			return 0, err
 		}
 		o.action = table.Write
-		p, err := w.at(cwd, a[0], o)
+		p, err := at()
 		return w.modify(p, err, func(path string) error { return unix.Setxattr(path, name, v, int(int32(a[4]))) })
-	case unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR:
+	case unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR, unix.SYS_FREMOVEXATTR:
 		o.action = table.Write
-		p, err := w.at(cwd, a[0], o)
+		p, err := at()
 		return w.modify(p, err, func(path string) error { return unix.Removexattr(path, name) })
 	}
-	p, err := w.at(cwd, a[0], o)
+	p, err := at()
 	if err != nil {
 		return 0, err
 	}

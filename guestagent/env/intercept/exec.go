@@ -190,7 +190,7 @@ func (w *worker) instead(f func(t *tracee) (result int64, executed bool, err err
 }
 
 func (w *worker) chdir(addr uint64) (int64, error) {
-	p, err := w.at(cwd, addr, walkOpts{follow: true})
+	p, err := w.at(cwd, addr, walkOpts{follow: true, looks: true})
 	if err != nil {
 		return 0, err
 	}
@@ -264,7 +264,7 @@ func (w *worker) image(p *place, given string) (*image, error) {
 			if err != nil || interp == "" {
 				return im, err
 			}
-			q, err := w.walk("/", interp, walkOpts{follow: true, action: table.Execute})
+			q, err := w.walk("/", interp, walkOpts{follow: true, action: table.Execute, looks: true})
 			if err != nil {
 				return nil, err
 			}
@@ -305,7 +305,7 @@ func (w *worker) image(p *place, given string) (*image, error) {
 		if err != nil {
 			return nil, err
 		}
-		if p, err = w.walk(start, interp, walkOpts{follow: true, action: table.Execute}); err != nil {
+		if p, err = w.walk(start, interp, walkOpts{follow: true, action: table.Execute, looks: true}); err != nil {
 			return nil, err
 		}
 	}
@@ -455,7 +455,7 @@ func (w *worker) execve(dirfd int32, addr, argv, envp, flags uint64) (int64, err
 			if n, e := unix.Readlink(p.link, buf[:]); e == nil {
 				if real, ok := w.s.named(string(buf[:n])); ok {
 					given = w.s.virtual(real)
-					p, err = w.walk("/", given, walkOpts{follow: true, action: table.Execute})
+					p, err = w.walk("/", given, walkOpts{follow: true, action: table.Execute, looks: true})
 				}
 			}
 		}
@@ -464,7 +464,7 @@ func (w *worker) execve(dirfd int32, addr, argv, envp, flags uint64) (int64, err
 		if start, err = w.start(dirfd, given); err != nil {
 			return 0, err
 		}
-		p, err = w.walk(start, given, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0, action: table.Execute})
+		p, err = w.walk(start, given, walkOpts{follow: flags&unix.AT_SYMLINK_NOFOLLOW == 0, action: table.Execute, looks: true})
 		if dirfd != unix.AT_FDCWD && !strings.HasPrefix(given, "/") {
 			given = child(start, given)
 		}

@@ -102,6 +102,60 @@ func (l *lists) put(k listKey, e []entry) {
 	l.m[k] = e
 }
 
+// plains are directories of the base alone, with nothing of the environment's in
+// them and no entry or rule below, as of a version. The kernel reads them. They are
+// known by what they are, which is asked for sooner than their name.
+type plains struct {
+	sync.RWMutex
+	v version
+	m map[dirID]plainDir
+}
+
+// dirID is a directory for as long as a version is one: another one that has its
+// number later is younger.
+type dirID struct {
+	mount, ino   uint64
+	major, minor uint32
+	born         unix.StatxTimestamp
+}
+
+type plainDir struct {
+	virt string
+	dec  table.Decision
+}
+
+// keepPlains bounds the directories that are kept.
+const keepPlains = 4096
+
+func (p *plains) get(id dirID, v version) (d plainDir, ok bool) {
+	p.RLock()
+	defer p.RUnlock()
+	if p.v == v {
+		d, ok = p.m[id]
+	}
+	return d, ok
+}
+
+func (p *plains) put(id dirID, v version, d plainDir) {
+	p.Lock()
+	defer p.Unlock()
+	if p.v != v || len(p.m) >= keepPlains {
+		p.v, p.m = v, map[dirID]plainDir{}
+	}
+	p.m[id] = d
+}
+
+// dirIdentity is what a descriptor is of, unless its file system does not say when it
+// was made.
+func dirIdentity(fd int) (id dirID, ok bool) {
+	const mask = unix.STATX_INO | unix.STATX_BTIME | unix.STATX_MNT_ID
+	var st unix.Statx_t
+	if unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, mask, &st) != nil || st.Mask&mask != mask {
+		return id, false
+	}
+	return dirID{st.Mnt_id, st.Ino, st.Dev_major, st.Dev_minor, st.Btime}, true
+}
+
 // readDir calls f for the entries of one layer's directory, without . and ... .
 func (s *Supervisor) readDir(l layer, virt string, f func(name string, ino uint64, typ uint8)) error {
 	var fd int
@@ -172,11 +226,12 @@ func (w *worker) listPlace(p *place) ([]entry, error) {
 		if decide {
 			prog = w.prog(tab)
 		}
-		outcome := func(name string) table.Outcome {
+		outcome := func(name string, typ uint8) table.Outcome {
 			if !decide {
 				return p.dec.Outcome
 			}
-			d := tab.Decide(table.Request{Name: child(p.virt, name), Program: prog})
+			// What getdents tells is the same number as in a mode.
+			d := tab.Decide(table.Request{Type: kind(uint32(typ) << 12), Name: child(p.virt, name), Program: prog})
 			if d.Outcome == table.Refuse && d.Errno != unix.ENOENT {
 				return table.Base
 			}
@@ -188,7 +243,7 @@ func (w *worker) listPlace(p *place) ([]entry, error) {
 				if name == opaqueName {
 					return
 				}
-				o := outcome(name)
+				o := outcome(name, typ)
 				if o == table.Pass {
 					return
 				}
@@ -211,7 +266,7 @@ func (w *worker) listPlace(p *place) ([]entry, error) {
 			}
 		}
 		err := s.readDir(lower, p.virt, func(name string, ino uint64, typ uint8) {
-			if o := outcome(name); !seen[name] && (!hides || !s.hidden(child(p.virt, name))) {
+			if o := outcome(name, typ); !seen[name] && (!hides || !s.hidden(child(p.virt, name))) {
 				if o == table.Base || o == table.Pass || o == table.Environment && tab.Has(table.FIT, child(p.virt, name)) && typ == unix.DT_DIR {
 					out = append(out, entry{name, ino, typ, position(name)})
 				}
@@ -234,16 +289,21 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 		return 0, err
 	}
 	defer unix.Close(dir)
-	var link [2 * table.MaxName]byte
-	n, err := unix.Readlink(fdPath(dir), link[:])
+	v := s.version()
+	id, known := dirIdentity(dir)
+	if d, ok := s.plain.get(id, v); ok && known {
+		w.note(d.virt, table.File, table.Enumerate, d.dec)
+		return w.dents(dir, out, size, nil)
+	}
+	n, err := unix.Readlink(fdPath(dir), w.linkBuf[:])
 	if err != nil {
 		return 0, err
 	}
-	real, ok := s.named(string(link[:n]))
+	real, ok := s.named(string(w.linkBuf[:n]))
 	if !ok {
 		return w.dents(dir, out, size, nil) // a directory that was removed, or none
 	}
-	virt := s.virtual(real)
+	virt, tab := s.virtual(real), v.table
 	p, err := w.walk("/", virt, walkOpts{action: table.Enumerate})
 	if err != nil {
 		return 0, err
@@ -259,8 +319,11 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	pure := p.layer == lower && p.dec.Outcome == table.Base && path.Dir(s.store) != virt && !s.live.Load().Below(virt)
+	pure := p.layer == lower && p.dec.Outcome == table.Base && path.Dir(s.store) != virt && !tab.Below(virt)
 	if pos == 0 && pure {
+		if !tab.Programs() && known {
+			s.plain.put(id, v, plainDir{virt, p.dec})
+		}
 		return w.dents(dir, out, size, nil)
 	}
 	k := listKey{w.tgid(), fd, virt}
@@ -354,7 +417,10 @@ func (w *worker) getdents(fd int32, out uint64, size int) (int64, error) {
 // dents reads a directory of the kernel's for the program, without the names that
 // keep is false for.
 func (w *worker) dents(dir int, out uint64, size int, keep func(name string) bool) (int64, error) {
-	buf := make([]byte, min(size, 256<<10))
+	if size = min(size, 256<<10); len(w.dentBuf) < size {
+		w.dentBuf = make([]byte, size)
+	}
+	buf := w.dentBuf[:size]
 	for {
 		n, err := unix.Getdents(dir, buf)
 		if err != nil || n == 0 {

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -35,7 +36,18 @@ type Config struct {
 	Note     Note
 	// Enter is the command line by which this program calls Enter.
 	Enter []string
+	// Applets is a program of the environment that performs what is not found in
+	// $PATH under its own name; "" is none. FullArgv0 gives a program that was found
+	// there its path as argument 0. A guest's init says both.
+	Applets   string
+	FullArgv0 bool
+	// Fenced: whoever started this process kills what it leaves.
+	Fenced bool
 }
+
+// fencedPatience is how long a supervisor tries to end what a program has left, if
+// others do it better.
+const fencedPatience = 300 * time.Millisecond
 
 // Prefix is what an environment puts before names that are no paths. It follows
 // from its directory, so that environments never meet.
@@ -92,22 +104,25 @@ func Supervise(c Config) (int, error) {
 			_ = syscall.Kill(pid, sig.(syscall.Signal))
 		}
 	}()
-	for range max(2, runtime.NumCPU()) {
-		go s.serve()
-	}
-	return s.reap(pid)
+	s.startWorkers()
+	return s.reap(pid, c.Fenced)
 }
 
 // reap waits for the program and the orphans of the run. It does not wait for
 // whatever comes: that would take the stops of threads that others of this
 // process's threads trace.
-func (s *Supervisor) reap(pid int) (int, error) {
+func (s *Supervisor) reap(pid int, fenced bool) (int, error) {
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		return 0, fmt.Errorf("wait: %w", err)
 	}
 	defer unix.Close(pidfd)
 	code := -1
+	var ended time.Time
+	rounds := 1000
+	if fenced {
+		rounds = 10
+	}
 	for {
 		if code < 0 {
 			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 250)
@@ -127,7 +142,12 @@ func (s *Supervisor) reap(pid int) (int, error) {
 			}
 		}
 		if code >= 0 {
-			s.killAll()
+			if ended.IsZero() {
+				ended = time.Now()
+			} else if fenced && time.Since(ended) > fencedPatience {
+				return code, nil
+			}
+			s.killAll(rounds)
 		}
 		for {
 			var info unix.Siginfo
@@ -166,9 +186,9 @@ func (s *Supervisor) ended(pid int) unix.WaitStatus {
 // killAll kills all processes of the environment's run, which are those whose root
 // is the jail. They are stopped first, until no new ones are found: a program that
 // forks faster than it is killed comes to an end, too.
-func (s *Supervisor) killAll() {
+func (s *Supervisor) killAll(rounds int) {
 	stopped := map[string]bool{}
-	for range 1000 {
+	for range rounds {
 		found := false
 		procs, _ := os.ReadDir("/proc")
 		for _, p := range procs {
@@ -222,7 +242,12 @@ func Protect(dir string) error {
 	if err != nil {
 		return fail("name space", err)
 	}
-	if parent, err := os.Readlink("/proc/" + itoa(os.Getppid()) + "/ns/mnt"); err != nil || parent == own {
+	parent, err := os.Readlink("/proc/" + itoa(os.Getppid()) + "/ns/mnt")
+	if err != nil && errors.Is(err, os.ErrPermission) && ownMounts() {
+		// The caller is in the user name space above, and not to be looked at.
+		parent, err = "", nil
+	}
+	if err != nil || parent == own {
 		return fail("name space", errors.New("not one of its own: only run starts this"))
 	}
 	jail := filepath.Join(dir, Jail)
@@ -246,6 +271,26 @@ func Protect(dir string) error {
 	return nil
 }
 
+// nsGetUserNS is NS_GET_USERNS (ioctl_ns(2)).
+const nsGetUserNS = 0xb701
+
+// ownMounts says whether this process's mount name space was made in its own user name
+// space.
+func ownMounts() bool {
+	mounts, err := unix.Open("/proc/self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(mounts)
+	owner, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(mounts), nsGetUserNS, 0)
+	if e != 0 {
+		return false
+	}
+	defer unix.Close(int(owner))
+	var a, b unix.Stat_t
+	return unix.Fstat(int(owner), &a) == nil && unix.Stat("/proc/self/ns/user", &b) == nil && a.Dev == b.Dev && a.Ino == b.Ino
+}
+
 func newSupervisor(c *Config) (*Supervisor, error) {
 	s := &Supervisor{
 		space: table.Space{Root: filepath.Join(c.Dir, Tree), Prefix: Prefix(c.Dir)},
@@ -266,6 +311,9 @@ func newSupervisor(c *Config) (*Supervisor, error) {
 			return fail(x.path, err)
 		}
 	}
+	if s.changes, err = sharedCount(s.lockFD); err != nil {
+		return fail("lock", err)
+	}
 	var st unix.Stat_t
 	if err := unix.Stat(s.jail, &st); err != nil {
 		return fail(s.jail, err)
@@ -273,6 +321,24 @@ func newSupervisor(c *Config) (*Supervisor, error) {
 	s.jailID = devIno{st.Dev, st.Ino}
 	s.parent = os.Getppid()
 	return s, nil
+}
+
+// sharedCount maps a number at the beginning of a file, which has room for it then.
+func sharedCount(fd int) (*atomic.Uint64, error) {
+	var b [8]byte
+	if n, err := unix.Pread(fd, b[:], 0); err != nil {
+		return nil, err
+	} else if n < len(b) {
+		// Not a hole: there may be no room when it is needed.
+		if _, err := unix.Pwrite(fd, make([]byte, len(b)), 0); err != nil {
+			return nil, err
+		}
+	}
+	m, err := unix.Mmap(fd, 0, len(b), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, err
+	}
+	return (*atomic.Uint64)(unsafe.Pointer(&m[0])), nil
 }
 
 // start starts the program and takes its listener.
@@ -288,7 +354,7 @@ func (s *Supervisor) start(c *Config) (int, error) {
 		return fail(err)
 	}
 	defer toW.Close()
-	args := append(append([]string{}, c.Enter[1:]...), s.jail, c.WorkDir, "--")
+	args := append(append([]string{}, c.Enter[1:]...), s.jail, c.WorkDir, c.Applets, strconv.FormatBool(c.FullArgv0), "--")
 	cmd := exec.Command("/proc/self/exe", append(args, c.Args...)...)
 	cmd.Args[0] = c.Enter[0]
 	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = c.Env, os.Stdin, os.Stdout, os.Stderr
@@ -325,10 +391,11 @@ func (s *Supervisor) start(c *Config) (int, error) {
 	return cmd.Process.Pid, nil
 }
 
-// Enter is the program's first process: it locks itself in and executes args,
+// Enter is the program's first process: it locks itself in and executes c.Args,
 // found in $PATH. It returns only if that fails, with the exit code that shells
 // use.
-func Enter(jail, dir string, args []string) int {
+func Enter(jail string, c Config) int {
+	dir, args := c.WorkDir, c.Args
 	runtime.LockOSThread()
 	report := os.NewFile(3, "report")
 	n, err := lockIn(jail)
@@ -345,12 +412,16 @@ func Enter(jail, dir string, args []string) int {
 	unix.Close(n)
 	// From here on the supervisor answers.
 	if err := rawChdir(dir); err != nil {
-		fmt.Fprintf(os.Stderr, "gondola-agent: working directory %s: %v\n", dir, err)
+		fmt.Fprintf(os.Stderr, "gondola-env: working directory %s: %v in the environment; run --dir DIR starts elsewhere, --dir / for example\n", dir, err)
 		return 126
 	}
 	code, failed := 127, error(unix.ENOENT)
 	for _, path := range candidates(args[0]) {
-		err := syscall.Exec(path, args, os.Environ())
+		argv := args
+		if c.FullArgv0 {
+			argv = append([]string{path}, args[1:]...)
+		}
+		err := syscall.Exec(path, argv, os.Environ())
 		if err != syscall.ENOENT && err != syscall.ENOTDIR {
 			code, failed = 126, err
 			if err != syscall.EACCES {
@@ -358,22 +429,47 @@ func Enter(jail, dir string, args []string) int {
 			}
 		}
 	}
-	fmt.Fprintf(os.Stderr, "gondola-agent: %s: %v\n", args[0], failed)
+	if code == 127 && c.Applets != "" && !strings.Contains(args[0], "/") {
+		if err := syscall.Exec(c.Applets, args, os.Environ()); err != syscall.ENOENT && err != syscall.ENOTDIR {
+			code, failed = 126, err
+		}
+	}
+	fmt.Fprintf(os.Stderr, "gondola-env: %s: %s\n", args[0], startError(args[0], failed))
 	return code
 }
 
+// startError says why a program was not started. That a file is there and is not
+// found means that it needs another one.
+func startError(name string, err error) string {
+	if err != unix.ENOENT && err != unix.ENOTDIR {
+		return err.Error()
+	}
+	for _, path := range candidates(name) {
+		if unix.Access(path, unix.F_OK) == nil {
+			return path + " is there, its interpreter (the dynamic loader, or the #! line's) is not; check says what this base lacks"
+		}
+	}
+	if strings.Contains(name, "/") {
+		return err.Error()
+	}
+	return fmt.Sprintf("no such program in PATH (%s)", searchPath())
+}
+
 func rawChdir(dir string) error { return unix.Chdir(dir) }
+
+func searchPath() string {
+	if p := os.Getenv("PATH"); p != "" {
+		return p
+	}
+	return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+}
 
 func candidates(name string) []string {
 	if strings.Contains(name, "/") {
 		return []string{name}
 	}
-	search := os.Getenv("PATH")
-	if search == "" {
-		search = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-	}
 	var c []string
-	for _, dir := range filepath.SplitList(search) {
+	for _, dir := range filepath.SplitList(searchPath()) {
 		if dir == "" {
 			dir = "."
 		}

@@ -3,11 +3,15 @@
 package intercept
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"os"
 	"path"
+	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -59,10 +63,7 @@ func (w *worker) connect(fd int32, addr uint64, size uint32) (int64, error) {
 	return w.aside(func(c *worker) (int64, error) {
 		defer unix.Close(sock)
 		return 0, c.address(domain, sa, func(sa []byte) error {
-			if err := c.impersonate(); err != nil {
-				return err
-			}
-			return rawCall(nr, sock, sa)
+			return c.impersonating(func() error { return rawCall(nr, sock, sa) })
 		})
 	})
 }
@@ -86,11 +87,13 @@ func (w *worker) address(domain int, sa []byte, f func(sa []byte) error) error {
 	return w.toUnix(sa[2:], f)
 }
 
-// impersonate gives this thread, which must end with the call, all credentials of
-// the program, as peers of sockets see them and the kernel asks for them.
-func (w *worker) impersonate() error {
+// impersonating calls f while this thread, which must serve no other call, has the
+// credentials of the program, as peers of sockets see them and the kernel asks for
+// them. The program's memory cannot be read meanwhile: a process that has given its
+// rights up shows it to the superuser alone.
+func (w *worker) impersonating(f func() error) error {
 	if !w.s.privileged {
-		return nil
+		return f()
 	}
 	w.unbecome()
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(w.tid) + "/status")
@@ -113,28 +116,56 @@ func (w *worker) impersonate() error {
 	if err != nil {
 		return unix.ESRCH
 	}
-	groups := []uint32{0}
+	var groups []uint32
 	for _, g := range strings.Fields(statusField(b, "Groups:")) {
 		n, _ := strconv.ParseUint(g, 10, 32)
 		groups = append(groups, uint32(n))
 	}
-	// Raw: they are this thread's alone.
-	for _, c := range [][4]uintptr{
-		{unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 1, 0},
-		{unix.SYS_SETGROUPS, uintptr(len(groups) - 1), uintptr(unsafe.Pointer(&groups[0])) + 4, 0},
-		{unix.SYS_SETRESGID, gid[0], gid[1], gid[2]},
-		{unix.SYS_SETRESUID, uid[0], uid[1], uid[2]},
-	} {
+	h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var own [2]unix.CapUserData
+	if err := unix.Capget(&h, &own[0]); err != nil {
+		return err
+	}
+	as := own
+	as[0].Effective &= uint32(caps)
+	as[1].Effective &= uint32(caps >> 32)
+	// The saved identities stay the superuser's, to come back by.
+	err = identity(groups, uid[0], uid[1], gid[0], gid[1])
+	if err == nil {
+		if err = unix.Capset(&h, &as[0]); err == nil {
+			err = f()
+		}
+	}
+	back := identity(nil, 0, 0, 0, 0)
+	if e := unix.Capset(&h, &own[0]); back == nil {
+		back = e
+	}
+	if back != nil {
+		// It is of no use any more, and ends with the call.
+		return back
+	}
+	return err
+}
+
+// identity sets this thread's real and effective identities, and its groups. Raw:
+// they are this thread's alone.
+func identity(groups []uint32, ruid, euid, rgid, egid uintptr) error {
+	const same = ^uintptr(0)
+	// Back to the superuser first, who may change the others.
+	calls := [][4]uintptr{{unix.SYS_SETRESUID, same, 0, same}}
+	var p unsafe.Pointer
+	if len(groups) > 0 {
+		p = unsafe.Pointer(&groups[0])
+	}
+	calls = append(calls, [4]uintptr{unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(p)},
+		[4]uintptr{unix.SYS_SETRESGID, rgid, egid, 0}, [4]uintptr{unix.SYS_SETRESUID, ruid, euid, 0})
+	for _, c := range calls {
 		if _, _, e := unix.RawSyscall(c[0], c[1], c[2], c[3]); e != 0 {
 			return e
 		}
 	}
-	h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	d := [2]unix.CapUserData{
-		{Effective: uint32(caps), Permitted: uint32(caps)},
-		{Effective: uint32(caps >> 32), Permitted: uint32(caps >> 32)},
-	}
-	return unix.Capset(&h, &d[0])
+	runtime.KeepAlive(groups)
+	return nil
 }
 
 func rawCall(nr uintptr, fd int, sa []byte) error {
@@ -167,15 +198,57 @@ func sockaddr(name string, abstract bool) []byte {
 	return b
 }
 
+// longNames are abstract sockets' names that are too long for a prefix, by what stands
+// for them.
+type longNames struct {
+	sync.Mutex
+	m map[string]string
+}
+
+// keepLongNames bounds them: a program that uses ever new ones does not fill the memory.
+const keepLongNames = 4096
+
+func (l *longNames) get(real string) string {
+	l.Lock()
+	defer l.Unlock()
+	return l.m[real]
+}
+
+func (l *longNames) put(real, name string) {
+	l.Lock()
+	defer l.Unlock()
+	if l.m == nil || len(l.m) >= keepLongNames {
+		l.m = map[string]string{}
+	}
+	l.m[real] = name
+}
+
 // abstract finds the real name of an abstract socket.
 func (w *worker) abstract(name string, a table.Action) (string, error) {
 	// A peer's name that recvfrom has shown is real already.
-	_, name = table.Split(w.s.space.Virtual(table.Name(table.Abstract, name)))
-	real, _, err := w.decide(table.Abstract, name, a)
-	if err == nil && len(real) >= maxSun {
+	name = w.s.abstractName(name)
+	real, outcome, err := w.decide(table.Abstract, name, a)
+	switch {
+	case err != nil || len(real) < maxSun:
+	case outcome != table.Environment:
 		err = unix.ENAMETOOLONG
+	default:
+		// No room for the prefix: a digest stands for the name.
+		sum := sha256.Sum256([]byte(real))
+		real = w.s.space.Prefix + "#" + hex.EncodeToString(sum[:])
+		w.s.longNames.put(real, name)
 	}
 	return real, err
+}
+
+// abstractName is the reverse of abstract. A name that is too long for its prefix is
+// known to the run that has used it.
+func (s *Supervisor) abstractName(real string) string {
+	if name := s.longNames.get(real); name != "" {
+		return name
+	}
+	_, name := table.Split(s.space.Virtual(table.Name(table.Abstract, real)))
+	return name
 }
 
 // toUnix finds the socket that an address names and calls f with the address to
@@ -225,7 +298,7 @@ func (w *worker) bind(sock int, name []byte) (int64, error) {
 		if p.exists() {
 			return unix.EADDRINUSE
 		}
-		if err := w.room(p); err != nil {
+		if err := w.room(p, table.Socket); err != nil {
 			return err
 		}
 		had := p.whiteout
@@ -307,8 +380,7 @@ func (w *worker) getname(fd int32, addr, lenAddr uint64) (int64, error) {
 	}
 	sa := raw[:min(n, uint32(len(raw)))]
 	if len(sa) > 3 && sa[2] == 0 {
-		_, name := table.Split(w.s.space.Virtual(table.Name(table.Abstract, string(sa[3:]))))
-		sa = sockaddr(name, true)
+		sa = sockaddr(w.s.abstractName(string(sa[3:])), true)
 	}
 	var room [4]byte
 	if err := w.read(lenAddr, room[:]); err != nil {
@@ -529,19 +601,22 @@ func (w *worker) transmit(list []*message, lens uint64) (int64, error) {
 }
 
 func (w *worker) sendOne(m *message) (sent int64, err error) {
+	// A receiver may ask the kernel who sends.
+	as := func(f func() error) error { return f() }
+	if w.s.dynamic.Load() && !m.ucred {
+		as = w.impersonating
+	}
 	err = w.address(m.domain, m.sa, func(sa []byte) error {
-		if w.s.dynamic.Load() && !m.ucred {
-			// A receiver may ask the kernel who sends.
-			if err := w.impersonate(); err != nil {
-				return err
-			}
-		}
 		for {
 			part, rest, err := w.gather(m)
 			if err != nil {
 				return err
 			}
-			n, err := sendmsg(m.sock, sa, part, m.control, m.flags|unix.MSG_NOSIGNAL)
+			var n int
+			err = as(func() (err error) {
+				n, err = sendmsg(m.sock, sa, part, m.control, m.flags|unix.MSG_NOSIGNAL)
+				return err
+			})
 			if err != nil {
 				if sent > 0 {
 					return nil

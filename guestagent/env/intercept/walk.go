@@ -29,6 +29,7 @@ type place struct {
 	st    unix.Stat_t // of what is there, if anything is
 	dec   table.Decision
 	link  string // of magic: the path in /proc
+	fd    int    // of a directory that was opened with walkOpts.dir; 0 is none
 
 	whiteout bool // the environment has deleted it
 	below    bool // the base may have something of this name under what the environment has
@@ -62,6 +63,26 @@ type walkOpts struct {
 	root   string // names cannot leave it (openat2); "" is none
 	beyond bool   // leaving root is an error instead of being stopped at it
 	nolink bool   // symbolic links are errors
+	looks  bool   // nothing is made or changed by this call
+	name   bool   // the name itself is meant: a link at the end stays one, before a slash, too
+	makes  bool   // something new is to have the name: what has it now is the caller's to refuse
+	dir    int    // flags to open a directory with, if that is what is wanted; 0 is none
+}
+
+// kind is the type of an object for rules; File is anything that they do not tell
+// apart.
+func kind(mode uint32) table.Type {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		return table.Dir
+	case unix.S_IFSOCK:
+		return table.Socket
+	case unix.S_IFIFO:
+		return table.FIFO
+	case unix.S_IFCHR, unix.S_IFBLK:
+		return table.Device
+	}
+	return table.File
 }
 
 // merge finds whether a directory of the environment shows one of the base, too.
@@ -168,7 +189,10 @@ func IsWhiteout(st *unix.Stat_t) bool { return isWhiteout(st) }
 
 // opaqueName is the file that hides the base's directory behind one of the
 // environment's. Programs can neither see nor make it.
-const opaqueName = ".gondola-opaque"
+const opaqueName = Opaque
+
+// Opaque is that file's name.
+const Opaque = ".gondola-opaque"
 
 func (s *Supervisor) opaque(virt string) bool {
 	var st unix.Stat_t
@@ -209,8 +233,19 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 		}
 		rest = full
 	}
+	v := s.version()
+	tab := v.table
+	if o.looks && o.root == "" {
+		if p, err := w.direct(full, v, &o); p != nil || err != nil {
+			return p, err
+		}
+	}
 	dir := &dirState{virt: "/", up: true, down: true}
-	tab := s.live.Load()
+	if o.root == "" {
+		if at := w.jump(full, v); at != "" {
+			dir, rest = &dirState{virt: at, up: true}, full[len(at):]
+		}
+	}
 	links, redirects := 0, 0
 	for {
 		rest = strings.TrimLeft(rest, "/")
@@ -243,6 +278,11 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 				}
 			} else if dir.parent != nil {
 				dir = dir.parent
+			} else if dir.virt != "/" {
+				// The way here was not walked.
+				rest = path.Dir(dir.virt) + "/" + after
+				dir = &dirState{virt: "/", up: true, down: true}
+				continue
 			}
 			rest = after
 			continue
@@ -293,6 +333,32 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 		if err := w.look(p, dir, tab); err != nil {
 			return nil, err
 		}
+		if t := kind(p.st.Mode); tab.Typed() && p.exists() && t != table.File && t != o.typ {
+			// Now it is known what it is.
+			again := tab.Decide(table.Request{Type: t, Name: next, Action: action, Program: w.prog(tab)})
+			switch {
+			case again.Outcome == table.Refuse:
+				w.note(next, t, action, again)
+				return nil, again.Errno
+			case again.Name != next:
+				if redirects++; redirects > 8 {
+					return nil, unix.ELOOP
+				}
+				rest = again.Name
+				if after != "" {
+					rest += "/" + after
+				}
+				dir = &dirState{virt: "/", up: true, down: true}
+				continue
+			case again.Outcome != dec.Outcome:
+				p = &place{virt: next, dec: again, parent: dir, slash: p.slash}
+				if err := w.look(p, dir, tab); err != nil {
+					return nil, err
+				}
+			}
+			dec = again
+			p.dec = again
+		}
 		s.merge(p)
 		if last {
 			p.slash = p.slash || slash
@@ -304,7 +370,7 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 			w.note(p.virt, o.typ, o.action, dec)
 			return p, nil
 		}
-		if p.isLink() && (!last || o.follow || p.slash) {
+		if p.isLink() && (!last || o.follow || p.slash && !o.name) {
 			if links++; links > maxLinks || o.nolink {
 				return nil, unix.ELOOP
 			}
@@ -341,10 +407,13 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 			}
 			continue
 		}
-		if !last || p.slash {
+		if !last || p.slash && !o.makes {
 			if !p.isDir() {
 				return nil, unix.ENOTDIR
 			}
+		}
+		if o.root == "" {
+			w.learn(p, nil, v)
 		}
 		if last {
 			if o.root != "" && o.beyond && p.virt != o.root && !strings.HasPrefix(p.virt, strings.TrimSuffix(o.root, "/")+"/") {
@@ -356,7 +425,11 @@ func (w *worker) walk(start, name string, o walkOpts) (*place, error) {
 		if err := w.mayEnter(p); err != nil {
 			return nil, err
 		}
-		dir = s.enter(p, dir)
+		into := s.enter(p, dir)
+		if o.root == "" && dir.up && dir.down {
+			w.learn(p, into, v)
+		}
+		dir = into
 		rest = after
 	}
 }
@@ -447,6 +520,7 @@ func (w *worker) look(p *place, dir *dirState, tab *table.Table) error {
 		if err := w.asRoot(func() error { return s.ensureDir(p.virt) }); err != nil {
 			return err
 		}
+		s.changes.Add(1)
 		if err := s.lstat(upper, p.virt, &p.st); err != nil {
 			return err
 		}

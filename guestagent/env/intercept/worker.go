@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -45,10 +46,18 @@ type Supervisor struct {
 		interp  map[string]devIno // what stands in the jail
 		pending map[int]bool      // threads whose execveat is the supervisor's
 	}
-	calls atomic.Int32 // how many are pending
-	execs atomic.Int64 // programs executed so far
-	exits sync.Map     // pid: wait status, of what ended while it was traced
-	lists lists
+	calls     atomic.Int32 // how many are pending
+	execs     atomic.Int64 // programs executed so far
+	exits     sync.Map     // pid: wait status, of what ended while it was traced
+	lists     lists
+	longNames longNames
+	plain     plains
+	known     known
+	turns     turns
+	age       atomic.Uint32 // counts seconds, and pauses
+	// changes counts the changes of the environment's tree, by all its supervisors:
+	// it lies in the file of lockFD.
+	changes *atomic.Uint64
 
 	jailID devIno
 	parent int // a process in the base's own mount name space
@@ -69,23 +78,53 @@ type worker struct {
 		program   string
 	}
 	switched bool // this thread has the program's credentials
+
+	turn          atomic.Bool   // this worker receives calls
+	calls         atomic.Uint64 // received and answered
+	looked, quiet int
+
+	nameBuf [table.MaxName + 1]byte // room for names of the program's
+	linkBuf [2 * table.MaxName]byte // and for what the kernel calls them
+	dentBuf []byte                  // and for listings
+	procs   processes
 }
 
-// serve answers calls until the listener is gone. The thread never serves
-// anything else, as its file system state is its own.
-func (s *Supervisor) serve() {
-	if ownThread() != nil {
-		return // the programs get no answers, and errors when the supervisor ends
-	}
-	w := &worker{s: s}
-	for {
-		switch err := s.recv(&w.n); err {
-		case nil:
-			w.answer()
-		case unix.EINTR, unix.ENOENT:
-		default:
-			return
+// processes are descriptors of the threads that called lately. Such a descriptor
+// stands for one thread for ever, so that one that still gives what it is asked for
+// is of the thread that has the number.
+type processes [8]struct{ tid, fd int }
+
+// get finds the descriptor of a thread, or -1.
+func (p *processes) get(tid int) int {
+	for _, x := range p {
+		if x.tid == tid {
+			return x.fd
 		}
+	}
+	return -1
+}
+
+// put keeps fd for tid. The oldest goes.
+func (p *processes) put(tid, fd int) {
+	last := &p[len(p)-1]
+	for i := range p {
+		if p[i].tid == tid {
+			last = &p[i]
+		}
+	}
+	if last.tid != 0 {
+		unix.Close(last.fd)
+	}
+	copy(p[1:], p[:slices.Index(p[:], *last)])
+	p[0].tid, p[0].fd = tid, fd
+}
+
+func (p *processes) close() {
+	for i, x := range p {
+		if x.tid != 0 {
+			unix.Close(x.fd)
+		}
+		p[i].tid = 0
 	}
 }
 
@@ -162,6 +201,7 @@ func (w *worker) reply(val int64, err error) {
 func (w *worker) aside(f func(w *worker) (int64, error)) (int64, error) {
 	c := &worker{s: w.s, n: w.n, tid: w.tid, group: w.group, program: w.program}
 	go func() {
+		defer c.procs.close()
 		// Never unlocked: the thread ends with the goroutine, and its credentials
 		// and file system state with it.
 		if err := ownThread(); err != nil {
@@ -198,12 +238,11 @@ func (w *worker) prog(t *table.Table) string {
 
 func (w *worker) programName() string {
 	if w.program == "" {
-		var buf [table.MaxName + 1]byte
-		n, err := unix.Readlink("/proc/"+strconv.Itoa(w.tid)+"/exe", buf[:])
+		n, err := unix.Readlink("/proc/"+strconv.Itoa(w.tid)+"/exe", w.linkBuf[:])
 		if err != nil {
 			return ""
 		}
-		w.program = w.s.virtual(string(buf[:n]))
+		w.program = w.s.virtual(string(w.linkBuf[:n]))
 	}
 	return w.program
 }
@@ -327,6 +366,8 @@ func (w *worker) changing(f func() error) error {
 		}
 	}
 	defer func() { _ = unix.Flock(w.s.lockFD, unix.LOCK_UN) }()
+	w.s.changes.Add(1)
+	defer w.s.changes.Add(1)
 	return f()
 }
 
@@ -368,7 +409,7 @@ func (w *worker) str(addr uint64, limit int) (string, error) {
 	if addr == 0 {
 		return "", unix.EFAULT
 	}
-	var buf [table.MaxName + 1]byte
+	buf := &w.nameBuf
 	got := 0
 	limit = min(limit, table.MaxName)
 	for got <= limit {
@@ -395,9 +436,9 @@ func (w *worker) start(dirfd int32, name string) (string, error) {
 		if dirfd < 0 {
 			return "", unix.EBADF
 		}
-		link = fmt.Sprintf("/proc/%d/fd/%d", w.tid, dirfd)
+		link = "/proc/" + strconv.Itoa(w.tid) + "/fd/" + strconv.Itoa(int(dirfd))
 	}
-	var buf [2 * table.MaxName]byte
+	buf := &w.linkBuf
 	var n int
 	err := w.asRoot(func() (err error) { n, err = unix.Readlink(link, buf[:]); return err })
 	if err != nil {
@@ -471,31 +512,42 @@ func (w *worker) atEmpty(dirfd int32, addr uint64, flags uint64, o walkOpts) (*p
 	return w.at(dirfd, addr, o)
 }
 
-// pidfd opens the process of the program. Most threads that call are the first
-// of their process, and the kernel says so.
+// pidfdThread is PIDFD_THREAD (pidfd_open(2), Linux 6.9).
+const pidfdThread = unix.O_EXCL
+
+// pidfd opens the program's thread, or, where the kernel cannot, its process. Most
+// threads that call are the first of theirs.
 func (w *worker) pidfd() (int, error) {
-	var fd int
-	err := w.asRoot(func() (err error) {
-		if fd, err = unix.PidfdOpen(w.tid, 0); err != nil {
-			fd, err = unix.PidfdOpen(w.tgid(), 0)
-		}
-		return err
-	})
+	fd, err := unix.PidfdOpen(w.tid, pidfdThread)
+	if err == unix.EINVAL {
+		fd, err = unix.PidfdOpen(w.tid, 0)
+	}
+	if err != nil {
+		fd, err = unix.PidfdOpen(w.tgid(), 0)
+	}
 	return fd, err
 }
 
 // getFD duplicates a descriptor of the program.
 func (w *worker) getFD(fd int32) (int, error) {
-	p, err := w.pidfd()
-	if err != nil {
-		return -1, unix.EBADF
-	}
-	defer unix.Close(p)
-	if err := w.check(); err != nil {
-		return -1, err
-	}
 	var n int
-	err = w.asRoot(func() (err error) { n, err = unix.PidfdGetfd(p, int(fd), 0); return err })
+	err := w.asRoot(func() (err error) {
+		if p := w.procs.get(w.tid); p >= 0 {
+			if n, err = unix.PidfdGetfd(p, int(fd), 0); err == nil {
+				return nil
+			}
+		}
+		p, err := w.pidfd()
+		if err != nil {
+			return err
+		}
+		w.procs.put(w.tid, p)
+		if err := w.check(); err != nil {
+			return err
+		}
+		n, err = unix.PidfdGetfd(p, int(fd), 0)
+		return err
+	})
 	if err != nil {
 		return -1, unix.EBADF
 	}
@@ -519,19 +571,45 @@ func (w *worker) umask() uint32 {
 	return uint32(n)
 }
 
-// interruptible waits for done while the program does; release ends the wait of
-// whoever works on done if the program goes away.
-func (w *worker) watch(done <-chan struct{}, release func()) {
+// restart is ERESTARTSYS, which the kernel turns into EINTR or into another try, as
+// the handler of the signal asks for it (signal(7)). Without a signal that is to be
+// delivered to this very thread the program would see it.
+const restart = unix.Errno(512)
+
+// watch calls release, again and again, when the program does not wait for done any
+// more: it is gone, or a signal has come for it. It returns whether it has done so,
+// after done.
+func (w *worker) watch(done <-chan struct{}, release func()) (signalled bool) {
 	t := time.NewTicker(50 * time.Millisecond)
 	defer t.Stop()
 	for {
 		select {
 		case <-done:
-			return
+			return signalled
 		case <-t.C:
-			if !w.s.valid(w.n.id) {
+			signalled = signalled || w.signalled()
+			if signalled || !w.s.valid(w.n.id) {
 				release()
 			}
 		}
 	}
+}
+
+// signalled says whether the kernel is about to interrupt the thread's call: the
+// supervisor's answers it is told to wait for, so that it does not do so itself. Of
+// the signals for a whole process the first thread gets those that it can.
+func (w *worker) signalled() bool {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(w.tid) + "/status")
+	if err != nil {
+		return false
+	}
+	set := func(field string) uint64 {
+		n, _ := strconv.ParseUint(statusField(b, field), 16, 64)
+		return n
+	}
+	pending := set("SigPnd:")
+	if statusField(b, "Tgid:") == strconv.Itoa(w.tid) {
+		pending |= set("ShdPnd:")
+	}
+	return pending&^set("SigBlk:") != 0
 }

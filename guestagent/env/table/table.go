@@ -45,6 +45,9 @@ type Rule struct {
 	types, actions uint32
 }
 
+// paths are the types of objects that have paths; File stands for all of them.
+const paths = 1<<File | 1<<Dir | 1<<Socket | 1<<FIFO | 1<<Device
+
 func (r *Rule) compile() {
 	r.types, r.actions = 0, 0
 	for _, t := range r.Types {
@@ -53,8 +56,11 @@ func (r *Rule) compile() {
 	for _, a := range r.Actions {
 		r.actions |= 1 << a
 	}
-	if r.types == 0 {
+	switch {
+	case r.types == 0:
 		r.types = math.MaxUint32
+	case r.types&(1<<File) != 0:
+		r.types |= paths
 	}
 	if r.actions == 0 {
 		r.actions = math.MaxUint32
@@ -99,7 +105,8 @@ type Table struct {
 
 	fet, fit, needs *iradix.Tree[struct{}]
 	rules           []Rule
-	programs        bool
+	programs        bool // a rule looks at the program
+	typed           bool // a rule is for some kinds of paths only
 }
 
 // New makes an empty table.
@@ -157,11 +164,12 @@ func (t *Table) change(l List, names []string, add bool) (*Table, error) {
 func (t *Table) WithRules(rules []Rule) (*Table, error) {
 	n := *t
 	n.rules = slices.Clone(rules)
-	n.programs = false
+	n.programs, n.typed = false, false
 	for i := range n.rules {
 		r := &n.rules[i]
 		r.compile()
 		n.programs = n.programs || r.Program != nil
+		n.typed = n.typed || r.types&paths != 0 && r.types&paths != paths
 		if r.Outcome == Refuse && r.Redirect == nil && (r.Errno == 0 || r.Errno > 4095) {
 			return nil, fmt.Errorf("%w: rule %d refuses without an errno", ErrSyntax, i+1)
 		}
@@ -177,6 +185,10 @@ func (t *Table) Rules() []Rule { return t.rules }
 
 // Programs says whether a rule looks at the program.
 func (t *Table) Programs() bool { return t.programs }
+
+// Typed says whether a rule is for some kinds only of what has a path: what a name
+// leads to must be known then to decide it.
+func (t *Table) Typed() bool { return t.typed }
 
 // Names calls f for the names of a list in order until f returns false.
 func (t *Table) Names(l List, f func(name string) bool) {

@@ -14,6 +14,20 @@ import (
 // Env leaves tests out that need /dev/kvm if it is not empty.
 const Env = "GONDOLA_NO_KVM"
 
+// EnvLight leaves out what Heavy says if it is not empty. It is for PVM hosts, where a
+// guest's kernel is emulated: .ci/test sets it there, and has the tests that are left
+// out run on an emulated host of the other kind.
+const EnvLight = "GONDOLA_LIGHT"
+
+// Heavy is Test for a test that takes minutes on a PVM host.
+func Heavy(t testing.TB) {
+	t.Helper()
+	if os.Getenv(EnvLight) != "" {
+		t.Skipf("$%s is set", EnvLight)
+	}
+	Test(t)
+}
+
 // Test fails a test that cannot have /dev/kvm, or skips it if the user wants that.
 func Test(t testing.TB) {
 	t.Helper()
