@@ -527,10 +527,15 @@ func (a *applier) round(ctx context.Context, now time.Time, last map[string]*rul
 	all := map[string]*rules.Observation{}
 	names, err := a.machines(ctx)
 	complain(err)
+	pending := map[string]bool{}
 	for _, n := range names {
-		all[n] = last[n] // nil: it said nothing
+		if o, looked := last[n]; looked {
+			all[n] = o // nil: it said nothing
+		} else {
+			pending[n] = true
+		}
 	}
-	events := a.services.Step(now, all)
+	events := a.services.Step(now, all, pending)
 	states := map[string][2]string{}
 	for n := range all {
 		service, state := a.services.Of(n)
@@ -549,7 +554,9 @@ func (a *applier) round(ctx context.Context, now time.Time, last map[string]*rul
 	if !a.flags.dry && !a.flags.noOrders {
 		var uses []rules.Use
 		for _, o := range last {
-			uses = append(uses, rules.UseOf(&o.Machine, o.Time))
+			if o != nil {
+				uses = append(uses, rules.UseOf(&o.Machine, o.Time))
+			}
 		}
 		for _, o := range a.orders.Step(ctx, now, uses, a.allocator()) {
 			a.order(ctx, o)

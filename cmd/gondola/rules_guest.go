@@ -4,17 +4,20 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math/bits"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/scheduler"
@@ -168,8 +171,12 @@ func (g *ruledGuest) measure(ctx context.Context, m control.Info, s proto.Snapsh
 		x.DiskBytes = sub(mt.diskBytes, g.before.diskBytes) / el.Seconds()
 	}
 	o.Host = rules.Host{CPUs: runtime.NumCPU(), Memory: int64(ht.total), Available: int64(ht.available), CPUIdle: 1}
-	if d := sub(ht.all, g.host.all); g.host.all > 0 && d > 0 {
-		o.Host.CPUIdle = min(1, sub(ht.idle, g.host.idle)/d)
+	weight, quota := linux.Proc{}.CPUGroup(m.PID)
+	x.CPUSpare = 1
+	if len(g.host.cpus) > 0 {
+		idle := ht.idleSince(&g.host)
+		o.Host.CPUIdle = sum(idle, nil) / float64(max(len(idle), 1))
+		x.CPUSpare = spare(idle, mt.cpus, m.VCPUs, quota, x.CPUUse+x.CPUWait)
 	}
 	if g.service != nil {
 		x.Service, x.ServiceState = g.service(m.Name), g.state(m.Name)
@@ -179,7 +186,7 @@ func (g *ruledGuest) measure(ctx context.Context, m control.Info, s proto.Snapsh
 		Memory: m.Memory, Target: m.Memory, Actual: m.Memory, MemoryUse: x.MemoryUse, DiskBytes: mt.diskBytes, DiskOps: mt.diskOps,
 		NetBytes: mt.netBytes, NetPackets: mt.netOps, HostCPUIdle: o.Host.CPUIdle * float64(o.Host.CPUs), HostAvailable: ht.available,
 	}
-	h.CPUWeight, h.CPUQuota = linux.Proc{}.CPUGroup(m.PID)
+	h.CPUWeight, h.CPUQuota = weight, quota
 	if u, err := g.c.Memory(ctx, control.BalloonRequest{}); err == nil { // else it has no balloon
 		h.Target, h.Actual = u.Target, u.Actual
 	}
@@ -196,6 +203,7 @@ type machineTimes struct {
 	diskOps          uint64
 	netBytes, netOps uint64
 	affinity         string
+	cpus             []int // where a vCPU may run; none: not known
 }
 
 // readMachineTimes reads what the kernel counts of a machine's vCPUs: the time on a
@@ -205,6 +213,20 @@ func readMachineTimes(m *control.Info) machineTimes {
 	var s scheduler.Sample
 	if readTimes(m, &s) == nil { // else it has ended
 		t.run, t.wait = s.Run, s.Wait
+	}
+	var all, one unix.CPUSet
+	for _, tid := range m.Stats.Threads {
+		if unix.SchedGetaffinity(tid, &one) != nil {
+			continue
+		}
+		for i := range all {
+			all[i] |= one[i]
+		}
+	}
+	for i := range len(all) * bits.UintSize {
+		if all.IsSet(i) {
+			t.cpus = append(t.cpus, i)
+		}
 	}
 	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.PID)); err == nil {
 		for line := range strings.SplitSeq(string(b), "\n") {
@@ -217,21 +239,78 @@ func readMachineTimes(m *control.Info) machineTimes {
 }
 
 // hostTimes are the host's: processor time in ticks, memory in bytes.
-type hostTimes struct{ idle, all, total, available uint64 }
+type hostTimes struct {
+	cpus             map[int]cpuTimes
+	total, available uint64
+}
 
-func readHostTimes() (t hostTimes) {
-	if b, err := os.ReadFile("/proc/stat"); err == nil {
-		line, _, _ := bytes.Cut(b, []byte("\n"))
-		for i, f := range strings.Fields(string(line)) {
+type cpuTimes struct{ idle, all uint64 }
+
+// parseStat reads the processors of /proc/stat.
+func parseStat(b []byte) map[int]cpuTimes {
+	cpus := map[int]cpuTimes{}
+	for line := range strings.Lines(string(b)) {
+		fields := strings.Fields(line)
+		if len(fields) == 0 {
+			continue
+		}
+		name, ok := strings.CutPrefix(fields[0], "cpu")
+		id, err := strconv.Atoi(name)
+		if !ok || err != nil {
+			continue
+		}
+		var t cpuTimes
+		for i, f := range fields[1:min(9, len(fields))] { // guest time is in user time
 			n, err := strconv.ParseUint(f, 10, 64)
-			if err != nil || i > 8 { // the name; guest time is in user time
+			if err != nil {
 				continue
 			}
 			t.all += n
-			if i == 4 || i == 5 { // idle, waiting for a disk
+			if i == 3 || i == 4 { // idle, waiting for a disk
 				t.idle += n
 			}
 		}
+		cpus[id] = t
+	}
+	return cpus
+}
+
+// idleSince is which part of each processor's time since before was idle, 0 to 1.
+func (t *hostTimes) idleSince(before *hostTimes) map[int]float64 {
+	idle := map[int]float64{}
+	for id, now := range t.cpus {
+		was := before.cpus[id]
+		if all := sub(now.all, was.all); all > 0 {
+			idle[id] = min(1, sub(now.idle, was.idle)/all)
+		}
+	}
+	return idle
+}
+
+// sum adds those of cpus, or all if there are none.
+func sum(idle map[int]float64, cpus []int) (n float64) {
+	for id, x := range idle {
+		if len(cpus) == 0 || slices.Contains(cpus, id) {
+			n += x
+		}
+	}
+	return n
+}
+
+// spare is rules.Machine.CPUSpare: of processors' idle parts, and the part that the
+// machine's vCPUs wanted. quota is in processors, 0 for none.
+func spare(idle map[int]float64, cpus []int, vcpus int, quota, wanted float64) float64 {
+	n := float64(max(vcpus, 1))
+	limit := n
+	if quota > 0 {
+		limit = min(limit, quota)
+	}
+	return min(1, max(0, min(sum(idle, cpus), limit-wanted*n)/n))
+}
+
+func readHostTimes() (t hostTimes) {
+	if b, err := os.ReadFile("/proc/stat"); err == nil {
+		t.cpus = parseStat(b)
 	}
 	f, err := os.Open("/proc/meminfo")
 	if err != nil {

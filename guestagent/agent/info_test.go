@@ -132,7 +132,16 @@ func TestDiagAgreesWithProcNet(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer l.Close()
-	conns, err := inetDiag("tcp", unix.AF_INET, unix.IPPROTO_TCP)
+	var d diagSocket
+	defer d.close()
+	conns, err := d.inetFamily("tcp", unix.AF_INET, unix.IPPROTO_TCP)
+	require.NoError(t, err)
+	require.NotNil(t, d.buf, "a dump that was read to its end leaves the socket")
+	assert.ErrorIs(t, d.dump(make([]byte, inetDiagReqLen), func([]byte) (bool, error) { return false, unix.EIO }), unix.EIO)
+	assert.Nil(t, d.buf, "one that was not closes it")
+	assert.NoError(t, d.dump(make([]byte, inetDiagReqLen), func([]byte) (bool, error) { return false, errEnough }))
+	assert.Nil(t, d.buf)
+	conns, err = d.inetFamily("tcp", unix.AF_INET, unix.IPPROTO_TCP)
 	require.NoError(t, err)
 	byDiag := map[string]bool{}
 	for _, c := range conns {
@@ -227,7 +236,9 @@ func TestUnixSockets(t *testing.T) {
 	server, err := l.Accept()
 	require.NoError(t, err)
 	defer server.Close()
-	conns, err := unixDiag()
+	var d diagSocket
+	defer d.close()
+	conns, err := d.unix()
 	require.NoError(t, err)
 	states, peers := map[string]int{}, map[uint64]proto.Connection{}
 	for _, c := range conns {

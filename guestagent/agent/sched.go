@@ -113,6 +113,7 @@ func (a *Agent) reschedule(_ *proto.Call, req *proto.SchedRequest) (any, error) 
 	if req.LeaseMS > uint64((24 * time.Hour).Milliseconds()) {
 		return nil, badRequest(fmt.Sprintf("a lease of %d ms; at most a day", req.LeaseMS))
 	}
+	defer hurry()()
 	s := a.sched
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -7,11 +7,13 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 )
@@ -101,4 +103,34 @@ func TestStatFiles(t *testing.T) {
 	_, ok = s.read(os.Getpid(), nil, buf)
 	assert.True(t, ok)
 	assert.Len(t, s.files, maxStatFiles)
+}
+
+// Who hurries goes before others until it is done, and what it starts does not.
+func TestHurry(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	nice := func() int {
+		attr, err := unix.SchedGetAttr(0, 0)
+		require.NoError(t, err)
+		return int(attr.Nice)
+	}
+	was := nice()
+	back := hurry()
+	if os.Geteuid() == 0 {
+		assert.Equal(t, hurryNice, nice())
+	}
+	started := make(chan int)
+	go func() {
+		runtime.LockOSThread() // another thread than this one
+		defer runtime.UnlockOSThread()
+		attr, err := unix.SchedGetAttr(0, 0)
+		if err != nil {
+			started <- -100
+			return
+		}
+		started <- int(attr.Nice)
+	}()
+	assert.Equal(t, was, <-started)
+	back()
+	assert.Equal(t, was, nice())
 }

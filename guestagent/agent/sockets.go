@@ -41,20 +41,27 @@ var families = []struct {
 
 // connections lists the network connections (S4.2): by sock_diag(7), and from
 // /proc/net what the kernel does not give by it.
-func connections() ([]proto.Connection, error) {
-	var all []proto.Connection
+func connections() []proto.Connection {
+	var d diagSocket
+	defer d.close()
+	all := d.inet()
+	conns, err := d.unix()
+	if err != nil {
+		conns = procNetUnix()
+	}
+	return append(all, conns...)
+}
+
+// inet lists the INET sockets.
+func (s *diagSocket) inet() (all []proto.Connection) {
 	for _, f := range families {
-		conns, err := inetDiag(f.name, f.family, f.protocol)
+		conns, err := s.inetFamily(f.name, f.family, f.protocol)
 		if err != nil {
 			conns = procNet(f.name)
 		}
 		all = append(all, conns...)
 	}
-	conns, err := unixDiag()
-	if err != nil {
-		conns = procNetUnix()
-	}
-	return append(all, conns...), nil
+	return all
 }
 
 // Numbers of linux/sock_diag.h and linux/inet_diag.h.
@@ -70,45 +77,73 @@ const (
 	tcpSegsIn        = 140
 )
 
-func inetDiag(name string, family, protocol uint8) (conns []proto.Connection, err error) {
+// diagSocket asks by sock_diag(7). Its socket is kept from one question to the next;
+// the zero value has none yet.
+type diagSocket struct {
+	fd  int    // if buf is there
+	buf []byte // for one datagram
+}
+
+func (s *diagSocket) close() {
+	if s.buf != nil {
+		unix.Close(s.fd)
+		s.buf = nil
+	}
+}
+
+func (s *diagSocket) inetFamily(name string, family, protocol uint8) (conns []proto.Connection, err error) {
 	body := make([]byte, inetDiagReqLen)
 	body[0], body[1] = family, protocol
 	if protocol == unix.IPPROTO_TCP {
 		body[2] = 1 << (inetDiagInfo - 1)
 	}
 	binary.NativeEndian.PutUint32(body[4:], ^uint32(0)) // every state
-	err = dump(body, func(b []byte) (bool, error) {
-		done, err := parseDiag(b, name, &conns)
-		return done || len(conns) > proto.MaxList, err
+	err = s.dump(body, func(b []byte) (done bool, err error) {
+		if done, err = parseDiag(b, name, &conns); !done && err == nil && len(conns) > proto.MaxList {
+			err = errEnough
+		}
+		return done, err
 	})
 	return conns, err
 }
 
+// errEnough ends a dump of which more could be read.
+var errEnough = errors.New("enough")
+
 // dump asks for sockets and gives each datagram of the answer to f until it is done.
-func dump(body []byte, f func([]byte) (done bool, err error)) error {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
-	if err != nil {
-		return err
+func (s *diagSocket) dump(body []byte, f func([]byte) (done bool, err error)) (err error) {
+	if s.buf == nil {
+		if s.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG); err != nil {
+			return err
+		}
+		s.buf = make([]byte, 32<<10)
 	}
-	defer unix.Close(fd)
+	whole := false
+	defer func() {
+		if !whole {
+			s.close() // with what it may still say
+		}
+		if err == errEnough {
+			err = nil
+		}
+	}()
 	req := make([]byte, unix.NLMSG_HDRLEN, unix.NLMSG_HDRLEN+len(body))
 	req = append(req, body...)
 	binary.NativeEndian.PutUint32(req[0:], uint32(len(req)))
 	binary.NativeEndian.PutUint16(req[4:], sockDiagByFamily)
 	binary.NativeEndian.PutUint16(req[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
-	if err := unix.Sendto(fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := unix.Sendto(s.fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
-	buf := make([]byte, 32<<10)
 	for {
-		n, _, err := unix.Recvfrom(fd, buf, 0)
+		n, _, err := unix.Recvfrom(s.fd, s.buf, 0)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		if done, err := f(buf[:n]); done || err != nil {
+		if whole, err = f(s.buf[:n]); whole || err != nil {
 			return err
 		}
 	}

@@ -38,15 +38,17 @@ func unixProtocol(kind uint8) string {
 	return "unix-" + strconv.Itoa(int(kind))
 }
 
-// unixDiag lists the UNIX sockets by sock_diag(7).
-func unixDiag() (conns []proto.Connection, err error) {
+// unix lists the UNIX sockets.
+func (s *diagSocket) unix() (conns []proto.Connection, err error) {
 	body := make([]byte, unixDiagReqLen)
 	body[0] = unix.AF_UNIX
 	binary.NativeEndian.PutUint32(body[4:], ^uint32(0)) // every state
 	binary.NativeEndian.PutUint32(body[12:], unixShow)
-	err = dump(body, func(b []byte) (bool, error) {
-		done, err := parseUnixDiag(b, &conns)
-		return done || len(conns) > proto.MaxList, err
+	err = s.dump(body, func(b []byte) (done bool, err error) {
+		if done, err = parseUnixDiag(b, &conns); !done && err == nil && len(conns) > proto.MaxList {
+			err = errEnough
+		}
+		return done, err
 	})
 	namePeers(conns)
 	return conns, err

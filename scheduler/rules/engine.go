@@ -247,7 +247,7 @@ func (s *step) decide(p *Process, conns []Connection, m *memory, d *Decision) (c
 		}
 		return Change{
 			PID: p.PID, StartMS: p.StartMS, Name: p.Name, Rule: r.Name, From: class, To: class + Class(dir),
-			Why: fmt.Sprintf("%s, for %d cycles; talks %v, cpu %.2f, host idle %.2f", r.Name, m.streak, p.Talks, p.CPU, s.o.Host.CPUIdle),
+			Why: fmt.Sprintf("%s, for %d cycles; talks %v, cpu %.2f, spare %.2f", r.Name, m.streak, p.Talks, p.CPU, s.o.Machine.CPUSpare),
 		}, true
 	}
 	m.want, m.streak = 0, 0

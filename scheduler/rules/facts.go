@@ -24,6 +24,10 @@ type Machine struct {
 	VCPUs        int     `cel:"vcpus"`
 	CPUUse       float64 `cel:"cpu_use"`    // of its processors, 0 to 1, since the last cycle; as the host counts
 	CPUWait      float64 `cel:"cpu_wait"`   // time that they wanted to run and did not, 0 to 1
+	// CPUSpare is the host's idle time that the machine could have taken, as a part of
+	// its vCPUs, 0 to 1, since the last cycle: on the processors where it may run, and
+	// not more than its vCPUs and quota left over.
+	CPUSpare     float64 `cel:"cpu_spare"`
 	MemoryUse    float64 `cel:"memory_use"` // of what it has, 0 to 1
 	MemoryBytes  int64   `cel:"memory_bytes"`
 	Load         float64 `cel:"load"`       // the guest's, of a minute

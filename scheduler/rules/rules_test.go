@@ -126,12 +126,12 @@ func TestLadder(t *testing.T) {
 			w.o.Connections = append(w.o.Connections, talk(p.PID))
 		}
 	}
-	w.o.Host.CPUIdle = 0.5
+	w.o.Machine.CPUSpare = 0.5
 	d := w.step()
 	require.Len(t, d.Changes, 1, "one step, and nobody is lowered while the host has time to spare")
 	assert.Equal(t, Change{PID: 100, Name: "httpd", Rule: "talks to another node", From: Normal, To: AboveNormal, Why: d.Changes[0].Why}, d.Changes[0])
 	assert.Equal(t, 8, d.Kept)
-	w.o.Host.CPUIdle = 0
+	w.o.Machine.CPUSpare = 0
 	for range 5 {
 		for _, c := range w.step().Changes {
 			assert.Equal(t, 1, abs(int(c.To-c.From)))

@@ -50,7 +50,8 @@ type Runner struct {
 	// Record is told of each cycle, by several goroutines.
 	Record func(*Cycle)
 	// Round is called once per cycle with what was last seen of each machine, no
-	// longer than two cycles ago. It may set fields of the next observations by
+	// longer than two cycles ago: nil of one that did not tell, and no entry of one
+	// that has not had the time for its first look. It may set fields of the next observations by
 	// what it keeps.
 	Round func(ctx context.Context, now time.Time, last map[string]*Observation)
 
@@ -153,7 +154,8 @@ func (r *Runner) rounds(ctx context.Context) {
 		last := map[string]*Observation{}
 		r.mu.Lock()
 		for name, c := range r.last {
-			if c.Observation != nil && now.Sub(c.Time) <= 2*r.set.Cycle+r.timeout() {
+			last[name] = nil
+			if now.Sub(c.Time) <= 2*r.set.Cycle+r.timeout() {
 				last[name] = c.Observation
 			}
 		}

@@ -94,7 +94,10 @@ func TestRunner(t *testing.T) {
 		r.Round = func(_ context.Context, _ time.Time, last map[string]*Observation) {
 			rounds++
 			if rounds > 2 {
-				assert.Len(t, last, 2)
+				assert.Len(t, last, 4)
+				for name, o := range last {
+					assert.Equal(t, name == "a" || name == "b", o != nil, "%s: nil of one that does not tell", name)
+				}
 			}
 		}
 		ctx, cancel := context.WithCancel(t.Context())

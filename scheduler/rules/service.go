@@ -154,7 +154,7 @@ type ServiceHealth struct {
 func (s *Service) Check(last map[string]*Observation) ServiceHealth {
 	h := ServiceHealth{Service: s.Name, Machines: []MachineHealth{}}
 	for name, o := range last {
-		if slices.ContainsFunc(s.Machines, func(p string) bool { ok, _ := path.Match(p, name); return ok }) {
+		if s.has(name) {
 			h.Machines = append(h.Machines, s.machine(name, o))
 		}
 	}
@@ -182,6 +182,11 @@ func (s *Service) Check(last map[string]*Observation) ServiceHealth {
 		h.State, h.Why = Degraded, fmt.Sprintf("%d of %d machines work", up, len(h.Machines))
 	}
 	return h
+}
+
+// has tells whether a machine is one of the service's.
+func (s *Service) has(machine string) bool {
+	return slices.ContainsFunc(s.Machines, func(p string) bool { ok, _ := path.Match(p, machine); return ok })
 }
 
 func (s *Service) machine(name string, o *Observation) MachineHealth {
@@ -258,8 +263,10 @@ func NewServices(all []Service) *Services {
 	return &Services{all: all, state: map[[2]string]Health{}}
 }
 
-// Step checks all services and returns what has changed.
-func (s *Services) Step(now time.Time, last map[string]*Observation) (events []HealthEvent) {
+// Step checks all services and returns what has changed. Machines that are pending, of
+// which nothing can be known yet, are neither well nor ill: nothing is said of them, nor
+// of their services as a whole.
+func (s *Services) Step(now time.Time, last map[string]*Observation, pending map[string]bool) (events []HealthEvent) {
 	s.last = nil
 	seen := map[[2]string]bool{}
 	note := func(service, machine string, h Health, why string) {
@@ -275,9 +282,22 @@ func (s *Services) Step(now time.Time, last map[string]*Observation) (events []H
 			events = append(events, HealthEvent{now, service, machine, previous, h.String(), why})
 		}
 	}
+	keep := func(service, machine string) {
+		if k := [2]string{service, machine}; !seen[k] {
+			_, seen[k] = s.state[k]
+		}
+	}
 	for i := range s.all {
 		h := s.all[i].Check(last)
+		h.Machines = slices.DeleteFunc(h.Machines, func(m MachineHealth) bool { return pending[m.Machine] })
 		s.last = append(s.last, h)
+		waits := false
+		for name := range pending {
+			if s.all[i].has(name) {
+				waits = true
+				keep(h.Service, name)
+			}
+		}
 		for _, m := range h.Machines {
 			why := ""
 			if len(m.Missing) > 0 {
@@ -285,7 +305,11 @@ func (s *Services) Step(now time.Time, last map[string]*Observation) (events []H
 			}
 			note(h.Service, m.Machine, m.State, why)
 		}
-		note(h.Service, "", h.State, h.Why)
+		if waits {
+			keep(h.Service, "")
+		} else {
+			note(h.Service, "", h.State, h.Why)
+		}
 	}
 	for k := range s.state {
 		if !seen[k] {
