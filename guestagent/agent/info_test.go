@@ -134,14 +134,14 @@ func TestDiagAgreesWithProcNet(t *testing.T) {
 	defer l.Close()
 	var d diagSocket
 	defer d.close()
-	conns, err := d.inetFamily("tcp", unix.AF_INET, unix.IPPROTO_TCP)
+	_, err = d.inetFamily("tcp", unix.AF_INET, unix.IPPROTO_TCP)
 	require.NoError(t, err)
 	require.NotNil(t, d.buf, "a dump that was read to its end leaves the socket")
 	assert.ErrorIs(t, d.dump(make([]byte, inetDiagReqLen), func([]byte) (bool, error) { return false, unix.EIO }), unix.EIO)
 	assert.Nil(t, d.buf, "one that was not closes it")
 	assert.NoError(t, d.dump(make([]byte, inetDiagReqLen), func([]byte) (bool, error) { return false, errEnough }))
 	assert.Nil(t, d.buf)
-	conns, err = d.inetFamily("tcp", unix.AF_INET, unix.IPPROTO_TCP)
+	conns, err := d.inetFamily("tcp", unix.AF_INET, unix.IPPROTO_TCP)
 	require.NoError(t, err)
 	byDiag := map[string]bool{}
 	for _, c := range conns {

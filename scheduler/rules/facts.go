@@ -20,10 +20,10 @@ type Observation struct {
 
 // Machine is the machine as a whole.
 type Machine struct {
-	Name         string  `cel:"name"`
-	VCPUs        int     `cel:"vcpus"`
-	CPUUse       float64 `cel:"cpu_use"`    // of its processors, 0 to 1, since the last cycle; as the host counts
-	CPUWait      float64 `cel:"cpu_wait"`   // time that they wanted to run and did not, 0 to 1
+	Name    string  `cel:"name"`
+	VCPUs   int     `cel:"vcpus"`
+	CPUUse  float64 `cel:"cpu_use"`  // of its processors, 0 to 1, since the last cycle; as the host counts
+	CPUWait float64 `cel:"cpu_wait"` // time that they wanted to run and did not, 0 to 1
 	// CPUSpare is the host's idle time that the machine could have taken, as a part of
 	// its vCPUs, 0 to 1, since the last cycle: on the processors where it may run, and
 	// not more than its vCPUs and quota left over.
