@@ -48,18 +48,19 @@ func BareIoctls(f *Frozen, p *Prepared) (sum time.Duration, err error) {
 	if err := timed(func() error { return vm.loadChips(p.chips) }); err != nil {
 		return 0, err
 	}
-	if err := vm.onVCPUs(func(c *vcpu) error { return timed(func() error { return c.load(p.cpus[c.id]) }) }); err != nil {
-		return 0, err
-	}
 	if err := timed(func() error { return vm.kvm.SetClock(&kvm.ClockData{Clock: p.chips.clock}) }); err != nil {
 		return 0, err
 	}
-	return sum, vm.onVCPUs(func(c *vcpu) error {
+	err = vm.onVCPUs(func(c *vcpu) error {
 		return timed(func() error {
+			if err := c.load(p.cpus[c.id]); err != nil {
+				return err
+			}
 			_ = c.k.ClockCtrl() // EINVAL: the guest does not use it
 			return nil
 		})
 	})
+	return sum, err
 }
 
 // A state of another processor or host is refused with what is different.

@@ -28,7 +28,7 @@ func BenchmarkPressure(b *testing.B) {
 	b.Setenv("XDG_RUNTIME_DIR", dir)
 	b.Setenv("XDG_STATE_HOME", dir)
 	b.Setenv(envStates, dir)
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
 	var guests []*guest.Guest
 	for _, name := range []string{"one", "two"} {

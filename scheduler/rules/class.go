@@ -40,8 +40,10 @@ func ParseClass(s string) (Class, error) {
 	return 0, fmt.Errorf("class %q: choose low, below normal, normal, above normal or high", s)
 }
 
-// classNice are the nice levels that processes of a class are given.
-var classNice = [...]int{Low: 15, BelowNormal: 7, Normal: 0, AboveNormal: -7, High: -15}
+// classNice are the nice levels that processes of a class are given. What is low gets as
+// little as there is: the kernel's own threads, which do what the others wait for, are
+// at 0.
+var classNice = [...]int{Low: 19, BelowNormal: 7, Normal: 0, AboveNormal: -7, High: -15}
 
 // Nice is the nice level of a class other than Realtime.
 func (c Class) Nice() int { return classNice[c] }

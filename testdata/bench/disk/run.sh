@@ -45,7 +45,7 @@ chmod +x "$work/root/init"
 (cd "$work/root" && find . | cpio -o -H newc --quiet >"$work/initrd")
 guest() { # WHO COMMAND…
 	truncate -s ${size}M "$work/data.img"
-	timeout $((120 + 20 * seconds)) "${@:2}" </dev/null >"$work/out" 2>&1 || true
+	timeout $((400 + 30 * seconds)) "${@:2}" </dev/null >"$work/out" 2>&1 || true
 	grep -q "^done" "$work/out" || { tail -30 "$work/out" >&2; fail "$1 did not come to its end"; }
 	tr -d '\r' <"$work/out" | awk -v who="$1" "$numbers"
 	rm "$work/data.img"

@@ -21,7 +21,7 @@ start() { # memory; the machine with the programs in it
 	local tid
 	tid=$($g info --json web | tr -d ' \n' | sed 's/.*"threads":\[\([0-9]*\).*/\1/')
 	if [ "$(nproc)" -gt 1 ]; then
-		taskset -ap 1 "$($g info --json web | tr -d ' \n' | sed 's/.*"pid":\([0-9]*\).*/\1/')" >/dev/null
+		taskset -ap 1 "$($g info --json web | tr -d ' \n' | grep -o '"pid":[0-9]*' | head -1 | cut -d: -f2)" >/dev/null
 		taskset -p 2 "$tid" >/dev/null
 		taskset -p 1 $$ >/dev/null
 	else
