@@ -28,7 +28,7 @@ func BenchmarkBalloonSlowdown(b *testing.B) {
 }
 
 func benchmarkSlowdown(b *testing.B, size int) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
 	small := vmmtest.Boot(b, guest.Config{Name: "small", Memory: 128 * mib})
 	big := vmmtest.Boot(b, guest.Config{Name: "ballooned", Memory: 512 * mib})
