@@ -98,20 +98,13 @@ func (s *diagSocket) inetFamily(name string, family, protocol uint8) (conns []pr
 		body[2] = 1 << (inetDiagInfo - 1)
 	}
 	binary.NativeEndian.PutUint32(body[4:], ^uint32(0)) // every state
-	err = s.dump(body, func(b []byte) (done bool, err error) {
-		if done, err = parseDiag(b, name, &conns); !done && err == nil && len(conns) > proto.MaxList {
-			err = errEnough
-		}
-		return done, err
-	})
+	err = s.dump(body, &conns, func(b []byte) (bool, error) { return parseDiag(b, name, &conns) })
 	return conns, err
 }
 
-// errEnough ends a dump of which more could be read.
-var errEnough = errors.New("enough")
-
-// dump asks for sockets and gives each datagram of the answer to f until it is done.
-func (s *diagSocket) dump(body []byte, f func([]byte) (done bool, err error)) (err error) {
+// dump asks for sockets and gives each datagram of the answer to parse until it is
+// done, or there are as many conns as anybody wants.
+func (s *diagSocket) dump(body []byte, conns *[]proto.Connection, parse func([]byte) (done bool, err error)) (err error) {
 	if s.buf == nil {
 		if s.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG); err != nil {
 			return err
@@ -122,9 +115,6 @@ func (s *diagSocket) dump(body []byte, f func([]byte) (done bool, err error)) (e
 	defer func() {
 		if !whole {
 			s.close() // with what it may still say
-		}
-		if err == errEnough {
-			err = nil
 		}
 	}()
 	req := make([]byte, unix.NLMSG_HDRLEN, unix.NLMSG_HDRLEN+len(body))
@@ -143,7 +133,7 @@ func (s *diagSocket) dump(body []byte, f func([]byte) (done bool, err error)) (e
 		if err != nil {
 			return err
 		}
-		if whole, err = f(s.buf[:n]); whole || err != nil {
+		if whole, err = parse(s.buf[:n]); whole || err != nil || len(*conns) > proto.MaxList {
 			return err
 		}
 	}

@@ -44,12 +44,7 @@ func (s *diagSocket) unix() (conns []proto.Connection, err error) {
 	body[0] = unix.AF_UNIX
 	binary.NativeEndian.PutUint32(body[4:], ^uint32(0)) // every state
 	binary.NativeEndian.PutUint32(body[12:], unixShow)
-	err = s.dump(body, func(b []byte) (done bool, err error) {
-		if done, err = parseUnixDiag(b, &conns); !done && err == nil && len(conns) > proto.MaxList {
-			err = errEnough
-		}
-		return done, err
-	})
+	err = s.dump(body, &conns, func(b []byte) (bool, error) { return parseUnixDiag(b, &conns) })
 	namePeers(conns)
 	return conns, err
 }
