@@ -3,7 +3,7 @@
 # two are idle and two use what they have, first without a tax on idle memory, then
 # with one of 75 %. Who has how much, over time, becomes a picture and a table.
 #   testdata/bench/memory/run.sh [SECONDS] [PICTURE]    SECONDS of each part (default 90; 240 on a PVM host is better)
-# Needs bin/gondola (make build) and a usable /dev/kvm.
+# Needs gcc, bin/gondola (make build) and a usable /dev/kvm.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 g=$PWD/bin/gondola
@@ -11,7 +11,7 @@ seconds=${1:-90} picture=${2:-bin/memory-four.svg}
 dir=$(mktemp -d)
 export XDG_RUNTIME_DIR=$dir XDG_STATE_HOME=$dir GONDOLA_STATES=$dir/states
 trap 'for m in idle-1 idle-2 busy-1 busy-2; do "$g" stop --kill $m >/dev/null 2>&1 || true; done; rm -rf "$dir"' EXIT
-CGO_ENABLED=0 ${GO:-go} build -o bin/memory ./testdata/bench/memory
+gcc -O2 -static -o bin/memory testdata/bench/memory/memory.c
 for m in idle-1 idle-2 busy-1 busy-2; do
 	"$g" run -d --name $m --memory 128M --memory-min 40M --memory-max 128M --shares 1000 --userland busybox --copy bin/memory:/bin/memory >/dev/null
 done

@@ -1,8 +1,7 @@
 // Command rules is the workload with which gondola's rules are measured: a web
-// server and a batch job for a guest, and a load for the host (run.sh).
+// server for a guest, and a load for the host (run.sh).
 //
 //	rules serve ADDR                      answer each request after some work
-//	rules hog                             compute for ever
 //	rules crowd N                         start N processes that sleep, and sleep
 //	rules load URL N SECONDS FILE LABEL   N clients in a row of requests each; appends what it saw to FILE
 //	rules sum FILE                        a table of all that is in FILE, by label
@@ -33,10 +32,6 @@ func main() {
 		err = http.ListenAndServe(os.Args[2], http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			fmt.Fprintf(w, "%x\n", sha256.Sum256(work)) // a client that is gone does not matter
 		}))
-	case len(os.Args) == 2 && os.Args[1] == "hog":
-		for {
-			sha256.Sum256(work)
-		}
 	case len(os.Args) == 3 && os.Args[1] == "crowd":
 		err = crowd(os.Args[2])
 	case len(os.Args) == 7 && os.Args[1] == "load":
@@ -44,7 +39,7 @@ func main() {
 	case len(os.Args) == 3 && os.Args[1] == "sum":
 		err = sum(os.Args[2])
 	default:
-		err = fmt.Errorf("usage: rules serve ADDR | hog | crowd N | load URL N SECONDS FILE LABEL | sum FILE")
+		err = fmt.Errorf("usage: rules serve ADDR | crowd N | load URL N SECONDS FILE LABEL | sum FILE")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "rules:", err)
