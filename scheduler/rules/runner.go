@@ -51,8 +51,8 @@ type Runner struct {
 	Record func(*Cycle)
 	// Round is called once per cycle with what was last seen of each machine, no
 	// longer than two cycles ago: nil of one that did not tell, and no entry of one
-	// that has not had the time for its first look. It may set fields of the next observations by
-	// what it keeps.
+	// that has not had the time for its first look. It may set fields of the next
+	// observations by what it keeps.
 	Round func(ctx context.Context, now time.Time, last map[string]*Observation)
 
 	mu   sync.Mutex

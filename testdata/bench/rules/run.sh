@@ -51,9 +51,9 @@ load)
 		$g rules apply "$XDG_STATE_HOME/rules.yaml" --machine web --no-orders >"$XDG_STATE_HOME/said" & rules=$!
 		for i in $(seq 20); do # until the ladder is climbed
 			load 'while the rules climb' 5 || true # a look at a slow guest takes seconds of its processor
-			[ "$(said 'rules: .*→ high')" -lt 1 ] || [ "$(said 'rules: .*→ low')" -lt 2 ] || break
+			[ "$(said '→ high')" -lt 1 ] || [ "$(said '→ low')" -lt 2 ] || break
 		done
-		echo "round $round: after $i times 5 s: $(said '→ high') raised to high, $(said 'rules: .*→ low') of the batch jobs low"
+		echo "round $round: after $i times 5 s: $(said '→ high') raised to high, $(said '→ low') of the batch jobs low"
 		rulesfile "${CYCLE:-10s}"
 		load 'while the rules climb' 5 || true
 		load 'beside two batch jobs, rules' "$seconds"
