@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"math/bits"
 	"os"
 	"runtime"
 	"slices"
@@ -16,8 +15,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/gondola-vmm/gondola/guestagent/proto"
 	"github.com/gondola-vmm/gondola/scheduler"
@@ -214,20 +211,7 @@ func readMachineTimes(m *control.Info) machineTimes {
 	if readTimes(m, &s) == nil { // else it has ended
 		t.run, t.wait = s.Run, s.Wait
 	}
-	var all, one unix.CPUSet
-	for _, tid := range m.Stats.Threads {
-		if unix.SchedGetaffinity(tid, &one) != nil {
-			continue
-		}
-		for i := range all {
-			all[i] |= one[i]
-		}
-	}
-	for i := range len(all) * bits.UintSize {
-		if all.IsSet(i) {
-			t.cpus = append(t.cpus, i)
-		}
-	}
+	t.cpus = linux.AllowedTo(m.Stats.Threads)
 	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.PID)); err == nil {
 		for line := range strings.SplitSeq(string(b), "\n") {
 			if v, ok := strings.CutPrefix(line, "Cpus_allowed_list:"); ok {

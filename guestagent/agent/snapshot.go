@@ -231,7 +231,7 @@ func (s *snapshots) stat(pid int, buf []byte) ([]byte, *statFile, error) {
 		}
 		s.closeStat(pid) // it has ended; its number may be another's by now
 	}
-	fd, err := unix.Open(procDir(pid)+"/stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := procfs.Open(procDir(pid)+"/stat", 0)
 	if err != nil {
 		return nil, nil, err
 	}

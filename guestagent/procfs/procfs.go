@@ -15,7 +15,7 @@ import (
 // ReadOnce reads a file by one call, into buf: for files that come in one read, and for
 // the beginning of others. Errors are *os.PathError.
 func ReadOnce(path string, buf []byte) ([]byte, error) {
-	fd, err := open(path, 0)
+	fd, err := Open(path, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -29,7 +29,7 @@ func ReadOnce(path string, buf []byte) ([]byte, error) {
 
 // ReadAll reads a file to its end. Errors are *os.PathError.
 func ReadAll(path string) ([]byte, error) {
-	fd, err := open(path, 0)
+	fd, err := Open(path, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -61,7 +61,7 @@ func ReadAt(fd int, buf []byte, off int64) (int, error) {
 
 // ReadDir lists at least the first most names of a directory.
 func ReadDir(path string, most int) (names []string, err error) {
-	fd, err := open(path, unix.O_DIRECTORY)
+	fd, err := Open(path, unix.O_DIRECTORY)
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +80,9 @@ func ReadDir(path string, most int) (names []string, err error) {
 	return names, nil
 }
 
-func open(path string, flags int) (int, error) {
+// Open opens a file for reading, with more flags of open(2); the caller closes the
+// descriptor. Errors are *os.PathError.
+func Open(path string, flags int) (int, error) {
 	for {
 		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|flags, 0)
 		switch err {

@@ -355,6 +355,21 @@ func Allowed() ([]int, error) {
 	return members(&set), nil
 }
 
+// AllowedTo are the processors that any of the threads may use; one that has gone
+// counts nothing.
+func AllowedTo(threads []int) []int {
+	var all, one unix.CPUSet
+	for _, tid := range threads {
+		if unix.SchedGetaffinity(tid, &one) != nil {
+			continue
+		}
+		for i := range all {
+			all[i] |= one[i]
+		}
+	}
+	return members(&all)
+}
+
 func setAffinity(tid int, list []int) error {
 	var set unix.CPUSet
 	for _, c := range list {

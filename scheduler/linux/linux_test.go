@@ -329,3 +329,11 @@ func BenchmarkMonitor(b *testing.B) {
 		}
 	}
 }
+
+// The processors of threads together are this process's, and none of one that is none.
+func TestAllowedTo(t *testing.T) {
+	own, err := Allowed()
+	require.NoError(t, err)
+	assert.Equal(t, own, AllowedTo([]int{0, 1<<22 + 1}))
+	assert.Empty(t, AllowedTo(nil))
+}

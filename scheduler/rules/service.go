@@ -282,11 +282,6 @@ func (s *Services) Step(now time.Time, last map[string]*Observation, pending map
 			events = append(events, HealthEvent{now, service, machine, previous, h.String(), why})
 		}
 	}
-	keep := func(service, machine string) {
-		if k := [2]string{service, machine}; !seen[k] {
-			_, seen[k] = s.state[k]
-		}
-	}
 	for i := range s.all {
 		h := s.all[i].Check(last)
 		h.Machines = slices.DeleteFunc(h.Machines, func(m MachineHealth) bool { return pending[m.Machine] })
@@ -295,7 +290,7 @@ func (s *Services) Step(now time.Time, last map[string]*Observation, pending map
 		for name := range pending {
 			if s.all[i].has(name) {
 				waits = true
-				keep(h.Service, name)
+				seen[[2]string{h.Service, name}] = true // what was known stays
 			}
 		}
 		for _, m := range h.Machines {
@@ -306,7 +301,7 @@ func (s *Services) Step(now time.Time, last map[string]*Observation, pending map
 			note(h.Service, m.Machine, m.State, why)
 		}
 		if waits {
-			keep(h.Service, "")
+			seen[[2]string{h.Service, ""}] = true
 		} else {
 			note(h.Service, "", h.State, h.Why)
 		}
