@@ -154,10 +154,10 @@ func TestLinuxFromInside(t *testing.T) {
 	good(`echo old >/tmp/file; : >/tmp/events
 setsid vmstate listen app -- sh -c 'echo "$VMSTATE_EVENT $VMSTATE_OP $VMSTATE_RESTORED $(cat) $VMSTATE_RESULT" >>/tmp/events' </dev/null >/dev/null 2>&1 &
 until vmstate status | grep -q '"app" uid=0 pid=[1-9]'; do sleep 0.02; done`)
-	assert.Equal(t, "saved", good("vmstate save one --description first --wait"))
+	assert.Equal(t, "saved", good("vmstate save one --description first --wait=4m"))
 	// The listener heard of it; the saved state has a listener that has not yet.
 	good("until grep -q '^done save false' /tmp/events; do sleep 0.02; done; echo new >/tmp/file; : >/tmp/events")
-	assert.Equal(t, "saved", good("vmstate save two --tag t --wait"))
+	assert.Equal(t, "saved", good("vmstate save two --tag t --wait=4m"))
 	assert.Equal(t, "one  first\n└─ two *", good("vmstate tree"))
 
 	out := restored("one", "note to myself", "--op host-info")
@@ -167,13 +167,13 @@ until vmstate status | grep -q '"app" uid=0 pid=[1-9]'; do sleep 0.02; done`)
 	out = restored("two", "again", "")
 	assert.Regexp(t, `^new\n(?:done save false[^\n]*\n)?done restore true again *$`, out)
 	// A third one from there, and the first is not needed any more.
-	assert.Equal(t, "saved", good("echo more >>/tmp/file; vmstate save three --wait"))
-	good("vmstate delete one --wait")
+	assert.Equal(t, "saved", good("echo more >>/tmp/file; vmstate save three --wait=4m"))
+	good("vmstate delete one --wait=4m")
 	assert.Equal(t, "two\n└─ three *", good("vmstate tree"))
 	out = restored("two", "at last", "")
 	assert.Regexp(t, `^new\n`, out)
 	var denied bytes.Buffer
-	c := sh("GONDOLA_SECRET=wrong vmstate restore two --wait")
+	c := sh("GONDOLA_SECRET=wrong vmstate restore two --wait=4m")
 	c.Stderr = &denied
 	assert.Equal(t, 3, g.Exec(t, c).Code, denied.String())
 	require.NoError(t, g.Shutdown(context.WithoutCancel(ctx)))

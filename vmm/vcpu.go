@@ -13,7 +13,7 @@ import (
 )
 
 // vcpu is one virtual processor: a goroutine on its own locked thread, which
-// makes all of its ioctls.
+// makes all of its ioctls, but for those of VM.onVCPUs.
 //
 // A vCPU thread is either parked (in vcpu.park, under VM.mu) or in the run
 // loop. Others get its attention with kick: they set attention, set immediate
@@ -33,6 +33,7 @@ type vcpu struct {
 	parked bool
 	live   bool   // the thread has its KVM vCPU and can be kicked
 	job    func() // to be done on the thread while it is parked
+	lent   bool   // another thread makes its ioctls while it is parked
 
 	pvm  *pvmCPU // nil on a hardware host
 	seat Seat    // nil: no gate; set before the vCPU is live
@@ -105,7 +106,7 @@ func (c *vcpu) park() bool {
 	defer vm.mu.Unlock()
 	c.parked = true
 	vm.changed.Broadcast()
-	for vm.want == wantPause || c.job != nil {
+	for vm.want == wantPause || c.job != nil || c.lent {
 		if job := c.job; job != nil {
 			c.job = nil
 			vm.mu.Unlock()

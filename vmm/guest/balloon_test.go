@@ -1,7 +1,6 @@
 package guest_test
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"strconv"
@@ -202,9 +201,7 @@ func TestGuestBalloonHugePages(t *testing.T) {
 	b := g.Balloon()
 	before := b.Status().Allocated
 	require.NoError(t, b.SetTarget(64*mib))
-	ctx, cancel := context.WithTimeout(g.Within(t), time.Minute)
-	defer cancel()
-	s, err := b.Wait(ctx)
+	s, err := b.Wait(g.Within(t))
 	require.NoError(t, err)
 	left, err := b.Audit(false)
 	require.NoError(t, err)

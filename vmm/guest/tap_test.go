@@ -117,14 +117,14 @@ func tapTest(t *testing.T) {
 	g.Sh(t, fmt.Sprintf("nc %v %d </tmp/data", host, port))
 	assert.Equal(t, want+" <nil>", <-sums)
 	t.Logf("and back in %v", time.Since(begin))
-	g.Sh(t, fmt.Sprintf("ping -c 2 -w 20 %v", host))
+	g.Sh(t, fmt.Sprintf("ping -c 2 -w 60 %v", host))
 
 	// To the guest, from the host.
 	g.Sh(t, "(echo hello | nc -l -p 7 >/dev/null 2>&1 &); i=0; while ! netstat -ltn 2>/dev/null | grep -q :7; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done")
-	c, err := net.DialTimeout("tcp4", netip.AddrPortFrom(inside, 7).String(), 20*time.Second)
+	c, err := net.DialTimeout("tcp4", netip.AddrPortFrom(inside, 7).String(), vmmtest.Patience)
 	require.NoError(t, err)
 	defer c.Close()
-	require.NoError(t, c.SetDeadline(time.Now().Add(20*time.Second)))
+	require.NoError(t, c.SetDeadline(time.Now().Add(vmmtest.Patience)))
 	b := make([]byte, 6)
 	_, err = io.ReadFull(c, b)
 	require.NoError(t, err)
@@ -137,7 +137,7 @@ func tapTest(t *testing.T) {
 	// A restore of the machine keeps the queues.
 	require.NoError(t, g.VM().Pause(g.Within(t)))
 	require.NoError(t, g.VM().Resume())
-	g.Sh(t, fmt.Sprintf("ping -c 1 -w 20 %v", host))
+	g.Sh(t, fmt.Sprintf("ping -c 1 -w 60 %v", host))
 
 	// The interface goes away under the guest, which keeps running.
 	require.NoError(t, remove("gondola0"))

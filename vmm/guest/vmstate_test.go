@@ -52,7 +52,7 @@ func TestGuestVmstate(t *testing.T) {
 		}
 		return st.Code, strings.TrimSpace(out.String())
 	}
-	code, out := script("vmstate ping --wait")
+	code, out := script("vmstate ping --wait=4m")
 	require.Equal(t, 0, code)
 	assert.Equal(t, "done", out)
 	code, out = script("vmstate host-info --json")
@@ -60,12 +60,12 @@ func TestGuestVmstate(t *testing.T) {
 	assert.Regexp(t, `"mem_total":[1-9]`, out)
 	code, _ = script("GONDOLA_SECRET=wrong vmstate list")
 	assert.Equal(t, 3, code)
-	code, _ = script("vmstate mark 1s --wait") // no right
+	code, _ = script("vmstate mark 1s --wait=4m") // no right
 	assert.Equal(t, 1, code)                   // and not known to this monitor
 	code, out = script("vmstate status")
 	assert.Equal(t, 0, code)
 	assert.Contains(t, out, "carrier: virtio-serial")
-	code, out = script("id -u; vmstate ping --wait")
+	code, out = script("id -u; vmstate ping --wait=4m")
 	assert.Equal(t, 0, code)
 	assert.Equal(t, "0\ndone", out)
 
@@ -80,7 +80,7 @@ func TestGuestVmstate(t *testing.T) {
 	_, out = script("cat /tmp/got")
 	assert.Equal(t, "done restore true\nfrom another life\nlost  false\nend", out)
 	// Data for a name whose program is away is kept for it.
-	code, out = script(`vmstate ping --to app --data kept --wait && vmstate watch --name app --count 1`)
+	code, out = script(`vmstate ping --to app --data kept --wait=4m && vmstate watch --name app --count 1`)
 	assert.Equal(t, 0, code)
 	assert.Regexp(t, `^done\n\d+ done ping id=\d+ listener="app" data="kept"$`, out)
 
@@ -92,7 +92,7 @@ head -c 32000 /dev/urandom >/tmp/data
 # Events that were raised before wait on this carrier, and come first, without data.
 vmstate listen big -- sh -c 'cat >/tmp/x.$$; if [ -s /tmp/x.$$ ]; then mv /tmp/x.$$ /tmp/back; : >/tmp/end; fi' & l=$!
 until vmstate status | grep -q '"big" uid=0 pid=[1-9]'; do sleep 0.02; done
-vmstate ping --to big --data-file /tmp/data --wait && until [ -e /tmp/end ]; do sleep 0.02; done
+vmstate ping --to big --data-file /tmp/data --wait=4m && until [ -e /tmp/end ]; do sleep 0.02; done
 cmp /tmp/data /tmp/back && vmstate status | grep carrier; kill $l $p`)
 	require.Equal(t, 0, code, out)
 	assert.Equal(t, "done\ncarrier: ports", out)

@@ -30,7 +30,7 @@ func TestGuestVsock(t *testing.T) {
 		c, err := net.Dial("unix", path)
 		require.NoError(t, err)
 		t.Cleanup(func() { c.Close() })
-		require.NoError(t, c.SetDeadline(time.Now().Add(time.Minute)))
+		require.NoError(t, c.SetDeadline(time.Now().Add(vmmtest.Patience)))
 		_, err = fmt.Fprintf(c, "CONNECT %d\n", port)
 		require.NoError(t, err)
 		return c, bufio.NewReader(c)
@@ -57,7 +57,7 @@ func TestGuestVsock(t *testing.T) {
 		require.NoError(t, err)
 		t.Cleanup(func() { l.Close() })
 		u := l.(*net.UnixListener)
-		require.NoError(t, u.SetDeadline(time.Now().Add(time.Minute)))
+		require.NoError(t, u.SetDeadline(time.Now().Add(vmmtest.Patience)))
 		return u
 	}
 	t.Run("from the host", func(t *testing.T) {
@@ -93,7 +93,7 @@ func TestGuestVsock(t *testing.T) {
 		c, err := l.Accept()
 		require.NoError(t, err)
 		defer c.Close()
-		require.NoError(t, c.SetDeadline(time.Now().Add(time.Minute)))
+		require.NoError(t, c.SetDeadline(time.Now().Add(vmmtest.Patience)))
 		g.Sh(t, "i=0; while [ ! -e /tmp/held ]; do i=$((i+1)); [ $i -lt 400 ] || exit 1; sleep 0.05; done")
 		ctx := vmmtest.Context(t)
 		_, _, err = m.Save(ctx, snapshot.SaveOptions{Name: "held"})
