@@ -2,8 +2,22 @@ package vmm
 
 import "time"
 
-const BootGrid = bootGrid
+const (
+	BootGrid = bootGrid
+	MaxPace  = maxPace
+	PaceStep = paceStep
+)
 
-var OnGrid = onGrid
+var (
+	OnGrid         = onGrid
+	ParseSchedstat = parseSchedstat
+)
 
 func (vm *VM) TSCTicks(d time.Duration) uint64 { return vm.tscTicks(d) }
+
+// Pace is what puts ticks further apart.
+type Pace struct{ pace }
+
+func (p *Pace) Step(now time.Time, ran, waited time.Duration) time.Duration {
+	return p.step(now, ran, waited)
+}

@@ -86,11 +86,12 @@ type pvmCPU struct {
 
 	syscalls  atomic.Uint64
 	completer *completer
+	pace      pace
 }
 
 func newPVMCPU(c *vcpu) *pvmCPU {
 	c.run.ValidRegs = kvm.SyncX86Regs | kvm.SyncX86Sregs | kvm.SyncX86Events
-	return &pvmCPU{c: c, completer: newCompleter(c)}
+	return &pvmCPU{c: c, completer: newCompleter(c), pace: openPace()}
 }
 
 // msr serves an access to a SYSCALL MSR (ExitRDMSR, ExitWRMSR).

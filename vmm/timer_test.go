@@ -1,6 +1,7 @@
 package vmm_test
 
 import (
+	"slices"
 	"testing"
 	"testing/quick"
 	"time"
@@ -80,6 +81,108 @@ func TestTimerGrid(t *testing.T) {
 			assert.LessOrEqual(t, asked, got)
 			assert.Less(t, got-asked, grid)
 		})
+	}
+}
+
+// waits is a gate at which a vCPU waits before each entry.
+type waits struct{ asked bool }
+
+func (w *waits) Join(string, func()) (vmm.Seat, error) { return w, nil }
+
+func (w *waits) Turn() bool { w.asked = !w.asked; return !w.asked }
+func (*waits) Wait()        { time.Sleep(5 * time.Millisecond) }
+func (*waits) Interrupt()   {}
+func (*waits) Rest()        {}
+func (*waits) Leave()       {}
+
+// The deadlines of a vCPU that waits for a processor nearly all the time are put far
+// off on a PVM host; on another nobody stands between.
+func TestPaceOfWaiting(t *testing.T) {
+	again := append(slices.Clone(deadline[:63]), 0xeb, 0xd8) // jmp to the rdtsc
+	words := make(chan uint64, 4)
+	vm := newVM(t, vmm.Config{Boot: code(again...), Gate: &waits{}, Devices: []vmm.Device{
+		vmm.Ports{Name: "words", Base: 0x99, Size: 4, Handler: &ports{out: func(_ uint64, v uint32) { words <- uint64(v) }}}}})
+	ctx := timeout(t)
+	done := start(ctx, vm)
+	next := func() (v uint64) {
+		select {
+		case v = <-words:
+		case e := <-done:
+			t.Fatalf("the machine ended: %v", e)
+		case <-ctx.Done():
+			t.Fatal("never put off")
+		}
+		return v
+	}
+	grid := vm.TSCTicks(vmm.MaxPace)
+	require.Greater(t, grid, uint64(1))
+	for i := 0; ; i++ {
+		asked := next() | next()<<32
+		got := next() | next()<<32
+		require.LessOrEqual(t, asked, got)
+		require.Less(t, got-asked, grid)
+		if vm.Host() != vmm.HostPVM {
+			require.Equal(t, asked, got)
+			if i == 20 {
+				break
+			}
+		} else if got%grid == 0 {
+			break
+		}
+	}
+	vm.Stop()
+	for {
+		select {
+		case <-words: // the guest may be writing one
+			continue
+		case <-done:
+		}
+		return
+	}
+}
+
+// Ticks get further apart for those that always want to run and wait.
+func TestPace(t *testing.T) {
+	at := time.Unix(1e9, 0)
+	var p vmm.Pace
+	var ran, waited time.Duration
+	step := func(span, r, w time.Duration) time.Duration {
+		at, ran, waited = at.Add(span), ran+r, waited+w
+		return p.Step(at, ran, waited)
+	}
+	const ms = time.Millisecond
+	assert.Zero(t, step(0, 100*ms, 900*ms), "nothing is known at first")
+	for _, tt := range []struct {
+		name                  string
+		span, ran, wait, want time.Duration
+	}{
+		{"alone", 50 * ms, 50 * ms, 0, 0},
+		{"nearly alone", 50 * ms, 42 * ms, 8 * ms, 0},
+		{"half a processor", 50 * ms, 25 * ms, 25 * ms, 20 * ms},
+		{"a quarter", 60 * ms, 15 * ms, 45 * ms, 40 * ms},
+		{"a fiftieth", 50 * ms, 1 * ms, 49 * ms, vmm.MaxPace},
+		{"nothing at all", 50 * ms, 0, 50 * ms, vmm.MaxPace},
+		{"it sleeps, too", 50 * ms, 10 * ms, 30 * ms, 0},
+		{"idle", time.Hour, 10 * ms, 30 * ms, 0},
+		{"counters that go backwards", 50 * ms, -time.Hour, -time.Hour, 0},
+		{"a clock that goes backwards", -time.Hour, 25 * ms, 25 * ms, 20 * ms},
+	} {
+		assert.Equal(t, tt.want, step(tt.span, tt.ran, tt.wait), tt.name)
+	}
+	law := func(span, r, w uint32) bool {
+		g := step(time.Duration(span), time.Duration(r), time.Duration(w))
+		return g == 0 || g > 10*ms && g <= vmm.MaxPace
+	}
+	require.NoError(t, quick.Check(law, nil))
+}
+
+func TestParseSchedstat(t *testing.T) {
+	ran, waited, ok := vmm.ParseSchedstat([]byte("8814250000 27658800000 14655\n"))
+	assert.True(t, ok)
+	assert.Equal(t, []time.Duration{8814250000, 27658800000}, []time.Duration{ran, waited})
+	for _, bad := range []string{"", "1", "a 1 2", "1 b 2"} {
+		_, _, ok := vmm.ParseSchedstat([]byte(bad))
+		assert.False(t, ok, bad)
 	}
 }
 

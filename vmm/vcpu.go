@@ -6,6 +6,7 @@ import (
 	"os"
 	"runtime"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -90,6 +91,7 @@ func (c *vcpu) main(ready chan<- error) {
 	}
 	if c.pvm != nil {
 		c.pvm.completer.e.Close()
+		c.pvm.pace.close()
 	}
 	if c.k != nil {
 		c.k.Close()
@@ -134,7 +136,7 @@ func (c *vcpu) loop() (Exit, bool) {
 			return c.completeExit()
 		}
 		if c.seat != nil && !c.seat.Turn() {
-			c.seat.Wait()
+			c.awaitTurn()
 			continue
 		}
 		if err := c.k.Run(); err != nil {
@@ -148,6 +150,17 @@ func (c *vcpu) loop() (Exit, bool) {
 			return e, true
 		}
 	}
+}
+
+// awaitTurn waits at the gate, and notes for how long.
+func (c *vcpu) awaitTurn() {
+	if c.pvm == nil {
+		c.seat.Wait()
+		return
+	}
+	begin := time.Now()
+	c.seat.Wait()
+	c.pvm.pace.gated += time.Since(begin)
 }
 
 // completeExit lets KVM finish the instruction that made the last exit, so that

@@ -61,7 +61,7 @@ func TestGuestVmstate(t *testing.T) {
 	code, _ = script("GONDOLA_SECRET=wrong vmstate list")
 	assert.Equal(t, 3, code)
 	code, _ = script("vmstate mark 1s --wait=4m") // no right
-	assert.Equal(t, 1, code)                   // and not known to this monitor
+	assert.Equal(t, 1, code)                      // and not known to this monitor
 	code, out = script("vmstate status")
 	assert.Equal(t, 0, code)
 	assert.Contains(t, out, "carrier: virtio-serial")
