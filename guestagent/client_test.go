@@ -684,6 +684,24 @@ func TestSnapshot(t *testing.T) {
 	s, _ = snapshot(t, c, first, map[int]proto.Process{}, conns)
 	assert.True(t, s.Full)
 
+	// Three who ask in turns each get what changed for them; of four, the one who has
+	// not asked for longest gets everything.
+	tokens := make([]uint64, 4)
+	ask := func(who int) bool {
+		s, _ := snapshot(t, c, tokens[who], map[int]proto.Process{}, map[string]proto.Connection{})
+		tokens[who] = s.Token
+		return s.Full
+	}
+	for round := range 3 {
+		for who := range 3 {
+			assert.Equal(t, round == 0, ask(who), "asker %d, round %d", who, round)
+		}
+	}
+	assert.True(t, ask(3))
+	assert.False(t, ask(1))
+	assert.True(t, ask(0))
+	assert.False(t, ask(3), "of 2, 3, 1 and 0, only the first had to go")
+
 	// Whatever the budget, every process comes in the end.
 	seen := map[int]proto.Process{}
 	token := uint64(0)

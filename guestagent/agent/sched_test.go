@@ -230,8 +230,9 @@ func TestRereadProcess(t *testing.T) {
 	require.True(t, ok)
 	var s snapshots
 	defer s.close()
+	q := &seen{Process: p, looks: 1}
 	for range 2 * fullLook { // from its open file but for the first time
-		q, ok := s.read(os.Getpid(), &p, make([]byte, 4096))
+		q, ok = s.read(os.Getpid(), q, make([]byte, 4096))
 		require.True(t, ok)
 		assert.Equal(t, p.Command, q.Command)
 		assert.Equal(t, p.UID, q.UID)
@@ -248,7 +249,7 @@ func TestRereadProcess(t *testing.T) {
 		change(&r)
 		assert.False(t, sameProcess(&p, &r), strconv.Itoa(i))
 	}
-	_, ok = s.read(1<<22, &p, make([]byte, 4096))
+	_, ok = s.read(1<<22, q, make([]byte, 4096))
 	assert.False(t, ok)
 	assert.Positive(t, strings.Count(bootID(), "-"))
 }

@@ -22,22 +22,33 @@ import (
 )
 
 // snapshots remembers what was sent last, so that only changes are sent and read
-// again. There is one memory: of two who ask in turns, each gets everything.
+// again: to each of maxMemories who ask in turns.
 type snapshots struct {
-	mu    sync.Mutex
-	token uint64
-	procs map[int]*proto.Process
-	conns map[connKey]proto.Connection
+	mu       sync.Mutex
+	memories []*memory // the one that was asked for last is the last
 	// owners of sockets by inode. A socket that nobody shows is searched for in
 	// as many snapshots as maxSearches, because that is what costs most.
 	owners   map[uint64]owner
 	searched map[uint64]int
-	resume   int // the pid where the budget of the last one was spent
-	files    map[int]*statFile
+	files    map[int]int // open /proc/PID/stat by pid
 	diag     diagSocket
 	// resumeOwners is the pid where the search for owners was cut off, after so many
 	// of a whole round.
 	resumeOwners, round int
+}
+
+// memory is what was sent to one who asks.
+type memory struct {
+	token  uint64
+	procs  map[int]*seen
+	conns  map[connKey]proto.Connection
+	resume int // the pid where the budget of the last one was spent
+}
+
+// seen is a process as it was sent.
+type seen struct {
+	proto.Process
+	looks int // since all of it was read
 }
 
 type owner struct {
@@ -53,6 +64,7 @@ type connKey struct {
 func keyOf(c *proto.Connection) connKey { return connKey{c.Protocol, c.Local, c.Remote, c.Inode} }
 
 const (
+	maxMemories = 3
 	maxSearches = 3
 	// fewOwners is how many processes are searched for sockets in any case.
 	fewOwners = 4
@@ -109,12 +121,12 @@ func (a *Agent) snapshot(c *proto.Call, req *proto.SnapshotRequest) (any, error)
 	defer s.mu.Unlock()
 	r := proto.Snapshot{Info: summary(), Boot: bootID(), AgentPID: os.Getpid()}
 	r.Info.Agent = a.cfg.Software
-	if req.Token == 0 || req.Token != s.token {
-		r.Full = true
-		s.procs, s.conns, s.resume = map[int]*proto.Process{}, map[connKey]proto.Connection{}, 0
-	}
 	// Until all is sent, nobody can go on from here.
-	s.token = 0
+	m := s.recall(req.Token)
+	if m == nil {
+		r.Full = true
+		m = &memory{procs: map[int]*seen{}, conns: map[connKey]proto.Connection{}}
+	}
 	w := c.Sender(proto.StreamStdout)
 	pids, err := pids()
 	if err != nil {
@@ -123,18 +135,38 @@ func (a *Agent) snapshot(c *proto.Call, req *proto.SnapshotRequest) (any, error)
 	if len(pids) > proto.MaxList {
 		pids, r.Info.Truncated = pids[:proto.MaxList], true
 	}
-	if err := s.processes(w, pids, &r, most); err != nil {
+	if err := s.processes(w, m, pids, &r, most); err != nil {
 		return nil, err
 	}
 	if req.Connections {
-		if err := s.connections(w, &r, spent); err != nil {
+		if err := s.connections(w, m, &r, spent); err != nil {
 			return nil, err
 		}
 	}
-	s.token = rand.Uint64() | 1
-	r.Token, r.Processes, r.Connections = s.token, len(s.procs), len(s.conns)
+	m.token = rand.Uint64() | 1
+	s.keep(m)
+	r.Token, r.Processes, r.Connections = m.token, len(m.procs), len(m.conns)
 	r.CPUUS = cpuTime() - began
 	return r, nil
+}
+
+// recall takes the memory of a token out; nil if there is none.
+func (s *snapshots) recall(token uint64) *memory {
+	i := slices.IndexFunc(s.memories, func(m *memory) bool { return m.token == token })
+	if i < 0 {
+		return nil
+	}
+	m := s.memories[i]
+	s.memories = slices.Delete(s.memories, i, i+1)
+	return m
+}
+
+// keep adds a memory; the one that was asked for least recently has to go.
+func (s *snapshots) keep(m *memory) {
+	if len(s.memories) >= maxMemories {
+		s.memories = slices.Delete(s.memories, 0, 1)
+	}
+	s.memories = append(s.memories, m)
 }
 
 // bootID is the kernel's, which does not change.
@@ -147,7 +179,7 @@ var bootID = sync.OnceValue(func() string {
 })
 
 // processes sends those that changed, as far as there is time, and all that ended.
-func (s *snapshots) processes(w io.Writer, pids []int, r *proto.Snapshot, spent func() bool) error {
+func (s *snapshots) processes(w io.Writer, m *memory, pids []int, r *proto.Snapshot, spent func() bool) error {
 	alive := make(map[int]bool, len(pids))
 	for _, pid := range pids {
 		alive[pid] = true
@@ -157,47 +189,47 @@ func (s *snapshots) processes(w io.Writer, pids []int, r *proto.Snapshot, spent 
 			s.closeStat(pid)
 		}
 	}
-	for pid := range s.procs {
+	for pid := range m.procs {
 		if !alive[pid] {
-			if err := s.gone(w, pid); err != nil {
+			if err := m.gone(w, pid); err != nil {
 				return err
 			}
 		}
 	}
 	users := readUserNames()
-	from := max(slices.Index(pids, s.resume), 0)
-	s.resume = 0
+	from := max(slices.Index(pids, m.resume), 0)
+	m.resume = 0
 	buf := make([]byte, 4096)
 	for i := range pids {
 		pid := pids[(from+i)%len(pids)]
 		if i%16 == 15 && spent() {
-			s.resume, r.Partial = pid, true
+			m.resume, r.Partial = pid, true
 			return nil
 		}
-		old := s.procs[pid]
+		old := m.procs[pid]
 		p, ok := s.read(pid, old, buf)
 		if !ok {
 			if old != nil {
-				if err := s.gone(w, pid); err != nil {
+				if err := m.gone(w, pid); err != nil {
 					return err
 				}
 			}
 			continue
 		}
 		p.User = users[p.UID]
-		if old != nil && sameProcess(old, p) {
+		m.procs[pid] = p
+		if old != nil && sameProcess(&old.Process, &p.Process) {
 			continue
 		}
-		s.procs[pid] = p
-		if err := sendItem(w, proto.InfoItem{Process: p}); err != nil {
+		if err := sendItem(w, proto.InfoItem{Process: &p.Process}); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (s *snapshots) gone(w io.Writer, pid int) error {
-	delete(s.procs, pid)
+func (m *memory) gone(w io.Writer, pid int) error {
+	delete(m.procs, pid)
 	return sendItem(w, proto.InfoItem{GonePID: pid})
 }
 
@@ -208,13 +240,6 @@ func sameProcess(x, y *proto.Process) bool {
 		x.User == y.User && bytes.Equal(x.Affinity, y.Affinity)
 }
 
-// statFile is a process's open /proc/PID/stat: to read it again takes one system call,
-// and it never is another process's. It does not keep the process.
-type statFile struct {
-	fd    int
-	looks int // since all of the process was read
-}
-
 const (
 	// maxStatFiles bounds the files that are kept open.
 	maxStatFiles = 512
@@ -223,34 +248,34 @@ const (
 	fullLook = 8
 )
 
-// stat reads a process's stat into buf.
-func (s *snapshots) stat(pid int, buf []byte) ([]byte, *statFile, error) {
-	if f := s.files[pid]; f != nil {
-		if n, err := procfs.ReadAt(f.fd, buf, 0); err == nil && n > 0 {
-			return buf[:n], f, nil
+// stat reads a process's stat into buf. To read the file again takes one system call, if
+// it is open, and it never is another process's. It does not keep the process.
+func (s *snapshots) stat(pid int, buf []byte) ([]byte, error) {
+	if fd, ok := s.files[pid]; ok {
+		if n, err := procfs.ReadAt(fd, buf, 0); err == nil && n > 0 {
+			return buf[:n], nil
 		}
 		s.closeStat(pid) // it has ended; its number may be another's by now
 	}
 	fd, err := procfs.Open(procDir(pid)+"/stat", 0)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	f := &statFile{fd: fd, looks: fullLook}
 	n, err := procfs.ReadAt(fd, buf, 0)
 	if err != nil || len(s.files) >= maxStatFiles {
 		unix.Close(fd)
 	} else {
 		if s.files == nil {
-			s.files = map[int]*statFile{}
+			s.files = map[int]int{}
 		}
-		s.files[pid] = f
+		s.files[pid] = fd
 	}
-	return buf[:n], f, err
+	return buf[:n], err
 }
 
 func (s *snapshots) closeStat(pid int) {
-	if f := s.files[pid]; f != nil {
-		unix.Close(f.fd)
+	if fd, ok := s.files[pid]; ok {
+		unix.Close(fd)
 		delete(s.files, pid)
 	}
 }
@@ -266,26 +291,26 @@ func (s *snapshots) close() {
 }
 
 // read reads one process, and of one that is known what may have changed.
-func (s *snapshots) read(pid int, old *proto.Process, buf []byte) (*proto.Process, bool) {
-	var p proto.Process
-	stat, f, err := s.stat(pid, buf)
-	if err != nil || !parseStat(stat, &p) {
+func (s *snapshots) read(pid int, old *seen, buf []byte) (*seen, bool) {
+	var p seen
+	stat, err := s.stat(pid, buf)
+	if err != nil || !parseStat(stat, &p.Process) {
 		return nil, false
 	}
 	ran := func() bool { return p.UserMS != old.UserMS || p.SystemMS != old.SystemMS }
-	if old == nil || p.StartMS != old.StartMS || p.Name != old.Name || p.VSize != old.VSize || ran() && f.looks >= fullLook ||
+	if old == nil || p.StartMS != old.StartMS || p.Name != old.Name || p.VSize != old.VSize || ran() && old.looks >= fullLook ||
 		old.Command == "" && !p.Kernel { // which an exec under way had not set yet
-		f.looks = 1
-		return &p, complete(&p, pid, buf)
+		p.looks = 1
+		return &p, complete(&p.Process, pid, buf)
 	}
-	f.looks++
+	p.looks = old.looks + 1
 	p.UID, p.Command = old.UID, old.Command
-	readAffinity(&p, pid)
+	readAffinity(&p.Process, pid)
 	return &p, true
 }
 
 // connections sends those that changed and those that ended.
-func (s *snapshots) connections(w io.Writer, r *proto.Snapshot, spent func() bool) error {
+func (s *snapshots) connections(w io.Writer, m *memory, r *proto.Snapshot, spent func() bool) error {
 	all := s.diag.inet()
 	// Those without an inode are the kernel's alone: they wait or begin. They are
 	// many where connections are short, and counted with who listened.
@@ -299,7 +324,7 @@ func (s *snapshots) connections(w io.Writer, r *proto.Snapshot, spent func() boo
 	if len(all) > proto.MaxList {
 		all, r.Info.Truncated = all[:proto.MaxList], true
 	}
-	s.findOwners(all, spent)
+	s.findOwners(m.procs, all, spent)
 	now := make(map[connKey]proto.Connection, len(all))
 	for i := range all {
 		c := &all[i]
@@ -309,33 +334,33 @@ func (s *snapshots) connections(w io.Writer, r *proto.Snapshot, spent func() boo
 		}
 		k := keyOf(c)
 		now[k] = *c
-		if s.conns[k] == *c {
+		if m.conns[k] == *c {
 			continue
 		}
 		if err := sendItem(w, proto.InfoItem{Connection: c}); err != nil {
 			return err
 		}
 	}
-	for k := range s.conns {
+	for k := range m.conns {
 		if _, still := now[k]; !still {
 			if err := sendItem(w, proto.InfoItem{Gone: &proto.Connection{Protocol: k.protocol, Local: k.local, Remote: k.remote, Inode: k.inode}}); err != nil {
 				return err
 			}
 		}
 	}
-	s.conns = now
+	m.conns = now
 	return nil
 }
 
 // findOwners brings owners up to date: who was known and lives is taken to have it
 // still, others are searched for.
-func (s *snapshots) findOwners(conns []proto.Connection, spent func() bool) {
+func (s *snapshots) findOwners(procs map[int]*seen, conns []proto.Connection, spent func() bool) {
 	owners, searched := make(map[uint64]owner, len(conns)), map[uint64]int{}
 	missing := map[uint64]bool{}
 	for i := range conns {
 		inode := conns[i].Inode
 		if o, ok := s.owners[inode]; ok {
-			if p := s.procs[o.pid]; p != nil && p.StartMS == o.start {
+			if p := procs[o.pid]; p != nil && p.StartMS == o.start {
 				owners[inode] = o
 				continue
 			}
@@ -351,14 +376,14 @@ func (s *snapshots) findOwners(conns []proto.Connection, spent func() bool) {
 	if len(missing) == 0 {
 		return
 	}
-	pids := slices.Sorted(maps.Keys(s.procs))
+	pids := slices.Sorted(maps.Keys(procs))
 	from, _ := slices.BinarySearch(pids, s.resumeOwners)
 	s.resumeOwners = 0
 	s.round += len(pids)
 	looked := 0
 	for i := range pids {
 		pid := pids[(from+i)%len(pids)]
-		p := s.procs[pid]
+		p := procs[pid]
 		if p.Kernel {
 			continue
 		}

@@ -35,35 +35,36 @@ func TestFindOwnersCutOff(t *testing.T) {
 
 	const others, perTurn = 50, 7
 	self := os.Getpid()
-	s := snapshots{procs: map[int]*proto.Process{self: {PID: self, StartMS: 5}}}
+	var s snapshots
+	procs := map[int]*seen{self: {Process: proto.Process{PID: self, StartMS: 5}}}
 	for i := range others { // that are no processes any more
 		pid := 1<<23 + i
-		s.procs[pid] = &proto.Process{PID: pid}
+		procs[pid] = &seen{Process: proto.Process{PID: pid}}
 	}
 	looked := 0
 	spent := func() bool { looked++; return looked > perTurn }
 	conns := []proto.Connection{{Inode: inode}, {Inode: 1 << 60}}
 	for range others/perTurn + 2 {
 		looked = 0
-		s.findOwners(conns, spent)
+		s.findOwners(procs, conns, spent)
 	}
 	assert.Equal(t, owner{self, 5}, s.owners[inode])
 	rounds := 0
 	for s.searched[1<<60] < maxSearches {
 		looked = 0
-		s.findOwners(conns, spent)
+		s.findOwners(procs, conns, spent)
 		rounds++
 		require.Less(t, rounds, 100)
 	}
 	assert.GreaterOrEqual(t, rounds, others/(perTurn+fewOwners), "not given up by what was cut off")
 	looked = 0
-	s.findOwners(conns, spent)
+	s.findOwners(procs, conns, spent)
 	assert.Zero(t, looked)
 
 	// Nor is it a matter of time that there is none at all.
 	s.owners, s.searched = nil, nil
 	for range others/fewOwners + 2 {
-		s.findOwners(conns, func() bool { return true })
+		s.findOwners(procs, conns, func() bool { return true })
 	}
 	assert.Equal(t, owner{self, 5}, s.owners[inode])
 }
@@ -79,7 +80,7 @@ func TestStatFiles(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, cmd.Start())
 	pid := cmd.Process.Pid
-	var first *proto.Process
+	var first *seen
 	require.Eventually(t, func() bool {
 		var ok bool
 		first, ok = s.read(pid, nil, buf)
@@ -98,7 +99,7 @@ func TestStatFiles(t *testing.T) {
 	assert.False(t, ok)
 	assert.Empty(t, s.files)
 	for n := range maxStatFiles {
-		s.files[1<<22+n] = &statFile{fd: -1}
+		s.files[1<<22+n] = -1
 	}
 	_, ok = s.read(os.Getpid(), nil, buf)
 	assert.True(t, ok)
