@@ -95,6 +95,7 @@ func TestNativeExplicit(t *testing.T) {
 	})
 	t.Run("xgetbv", func(t *testing.T) {
 		r := newRig(t)
+		r.guest.xcr0 = host().xcr0
 		for range *rounds {
 			r.randomize(xUser())
 			r.regs.RCX &^= 0xffffffff
@@ -152,9 +153,13 @@ func TestXSaveNative(t *testing.T) {
 					return
 				}
 				r := newRig(t)
-				for range *rounds {
+				for n := 0; n < *rounds; {
 					r.randomize(xUser())
 					insn := r.encode(shape{opmap: map0F, op: c.op, digit: c.digit, w: w, form: formMem, size: c.size, align: c.align})
+					if c.align == 64 && host().xcr0&r.regs.RAX&xAMX != 0 {
+						continue // only the processor would take that along
+					}
+					n++
 					if c.restore {
 						r.fillArea(insn, c.name)
 					}

@@ -34,7 +34,9 @@ type component struct {
 type hostCPU struct {
 	features uint64 // bits by feature
 	xcr0     uint64
-	// user is the set of state components that an area of AreaSize holds.
+	// user is the set of state components that an area of AreaSize holds. AMX is not
+	// among them: a process has to ask for it (arch_prctl(2), ARCH_REQ_XCOMP_GUEST_PERM),
+	// so that no guest has it, and its configuration is nothing without its tiles.
 	user uint64
 	comp [64]component
 	// mxcsrMask is the set of MXCSR bits that may be set.
@@ -109,6 +111,7 @@ const (
 	xSSE    = 1 << 1
 	xAVX    = 1 << 2
 	xAVX512 = 7 << 5
+	xAMX    = 3 << 17
 )
 
 var host = sync.OnceValue(func() *hostCPU {
@@ -149,7 +152,7 @@ var host = sync.OnceValue(func() *hostCPU {
 		}
 		eax, ebx, ecx, _ := cpuid(0xd, uint32(i))
 		h.comp[i] = component{size: eax, offset: ebx, align: ecx&2 != 0}
-		if supported>>i&1 != 0 && ecx&1 == 0 && eax <= AreaSize && ebx <= AreaSize-eax {
+		if (supported&^xAMX)>>i&1 != 0 && ecx&1 == 0 && eax <= AreaSize && ebx <= AreaSize-eax {
 			h.user |= 1 << i
 		}
 	}

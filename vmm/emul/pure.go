@@ -118,10 +118,10 @@ func (c *Completer) pure() error {
 		return err
 	}
 	var w Window
-	size := 0
+	va, size := uint64(0), 0
 	data := c.run.Data()
 	if in.isMem {
-		va := c.address()
+		va = c.address()
 		size = p.memSize(in)
 		if p.aligned && va%uint64(size) != 0 {
 			return excGP
@@ -151,9 +151,20 @@ func (c *Completer) pure() error {
 		c.st.GPR[i] = *c.regs.gpr(uint8(i))
 	}
 	c.st.RFLAGS, c.st.XMask, c.st.Area = c.regs.RFLAGS, xmask, &c.area[0]
+	fip, fdp := c.quad(offFIP), c.quad(offFDP)
 	b, disp := in.encode(c.code[:0], c.entry)
 	if err := c.run.Run(b, disp, 0, &c.st); err != nil {
 		return fmt.Errorf("executing % x: %w", b, err)
+	}
+	if p.family == famX87 {
+		// Processors that keep where the last x87 instruction was have kept where it
+		// was here, which a guest must not see.
+		if c.quad(offFIP) != fip {
+			c.setQuad(offFIP, c.regs.RIP)
+		}
+		if c.quad(offFDP) != fdp {
+			c.setQuad(offFDP, va)
+		}
 	}
 	if in.isMem && p.store {
 		w.Write(0, data[:size])
