@@ -5,6 +5,7 @@ package env
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -90,6 +91,7 @@ type recorder struct {
 	mu      sync.Mutex
 	m       map[noteKey]*Entry
 	learned map[string]table.List
+	some    chan struct{} // of capacity 1: there is something to save
 }
 
 type noteKey struct {
@@ -120,6 +122,7 @@ func (r *recorder) note(program, name string, t table.Type, a table.Action, d ta
 		}
 		x = &Entry{Name: strings.ToValidUTF8(name, "\ufffd"), Type: t.String(), Action: a.String(), Outcome: d.Outcome.String(), Program: program, First: now}
 		r.m[k] = x
+		offer(r.some)
 		if !d.Known && d.Outcome != table.Refuse && r.learned != nil {
 			r.learned[x.Name] = table.FET
 			if d.Outcome == table.Environment {
@@ -217,6 +220,7 @@ func supervise(store, name, workdir, hostname string, args []string) (int, error
 		return 0, err
 	}
 	defer l.Close()
+	before, _ := os.Stat(filepath.Join(e.Dir, tableFile))
 	t, err := e.Table()
 	if err != nil {
 		return 0, err
@@ -228,13 +232,13 @@ func supervise(store, name, workdir, hostname string, args []string) (int, error
 	var live table.Live
 	live.Store(t)
 	settle(t)
-	r := &recorder{e: e, m: map[noteKey]*Entry{}}
+	r := &recorder{e: e, m: map[noteKey]*Entry{}, some: make(chan struct{}, 1)}
 	if m.Learn {
 		r.learned = map[string]table.List{}
 	}
 	stop := make(chan struct{})
 	defer close(stop)
-	go e.follow(&live, r, stop)
+	go e.follow(&live, before, r, stop)
 	guest := guestConfig()
 	code, err := intercept.Supervise(intercept.Config{
 		Applets: guest.Applets, FullArgv0: guest.FullArgv0,
@@ -258,32 +262,86 @@ func guestConfig() (c commands.Config) {
 	return c
 }
 
-// follow takes changes of the table over and saves the catalogue, until stop.
-func (e *Env) follow(live *table.Live, r *recorder, stop <-chan struct{}) {
-	tick := time.NewTicker(200 * time.Millisecond)
-	defer tick.Stop()
+// flushAfter is how long what is noted may wait to be saved.
+const flushAfter = 2 * time.Second
+
+// follow takes changes of the table over, of which last was read, and saves the
+// catalogue, until stop. It does nothing as long as nothing happens.
+func (e *Env) follow(live *table.Live, last os.FileInfo, r *recorder, stop <-chan struct{}) {
 	path := filepath.Join(e.Dir, tableFile)
-	last, _ := os.Stat(path)
-	for n := 1; ; n++ {
+	changed := make(chan struct{}, 1)
+	if w, err := watch(e.Dir, changed); err == nil {
+		defer w.Close()
+	} else {
+		fmt.Fprintf(os.Stderr, "gondola-env: changes of the table are looked for five times a second: %v\n", err)
+		tick := time.NewTicker(200 * time.Millisecond)
+		defer tick.Stop()
+		go func() {
+			for {
+				select {
+				case <-stop:
+					return
+				case <-tick.C:
+					offer(changed)
+				}
+			}
+		}()
+	}
+	offer(changed) // before the watch was there
+	var flush <-chan time.Time
+	for {
 		select {
 		case <-stop:
 			return
-		case <-tick.C:
-		}
-		if now, err := os.Stat(path); err == nil && (last == nil || !os.SameFile(now, last) || now.ModTime() != last.ModTime()) {
-			// A table that does not parse changes nothing.
-			if t, err := e.Table(); err == nil {
-				live.Store(t)
-				settle(t)
-			} else {
-				fmt.Fprintf(os.Stderr, "gondola-env: the old table stays: %v\n", err)
+		case <-changed:
+			if now, err := os.Stat(path); err == nil && (last == nil || !os.SameFile(now, last) || now.ModTime() != last.ModTime()) {
+				// A table that does not parse changes nothing.
+				if t, err := e.Table(); err == nil {
+					live.Store(t)
+					settle(t)
+				} else {
+					fmt.Fprintf(os.Stderr, "gondola-env: the old table stays: %v\n", err)
+				}
+				last = now
 			}
-			last = now
-		}
-		if n%10 == 0 {
+		case <-r.some:
+			if flush == nil {
+				flush = time.After(flushAfter)
+			}
+		case <-flush:
+			flush = nil
 			if err := r.flush(); err != nil {
 				fmt.Fprintf(os.Stderr, "gondola-env: catalogue: %v\n", err)
 			}
 		}
 	}
+}
+
+func offer(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// watch tells when files in a directory may have changed, until it is closed.
+func watch(dir string, changed chan<- struct{}) (io.Closer, error) {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return nil, os.NewSyscallError("inotify_init1", err)
+	}
+	f := os.NewFile(uintptr(fd), "inotify")
+	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_CLOSE_WRITE|unix.IN_MOVED_TO|unix.IN_CREATE|unix.IN_ONLYDIR); err != nil {
+		return nil, errors.Join(os.NewSyscallError("inotify_add_watch", err), f.Close())
+	}
+	go func() {
+		var events [4096]byte // which they are does not matter
+		for {
+			if _, err := f.Read(events[:]); err != nil {
+				return
+			}
+			offer(changed)
+		}
+	}()
+	return f, nil
 }

@@ -8,8 +8,10 @@
 package intercept
 
 import (
+	"cmp"
 	"fmt"
 	"runtime"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -65,62 +67,92 @@ var refused = map[uint32]unix.Errno{
 	unix.SYS_STATMOUNT: unix.ENOSYS, unix.SYS_LISTMOUNT: unix.ENOSYS,
 }
 
-// filter is the program that the kernel runs for every call. Calls it does not
-// stop depend on the call's number alone, so that the kernel answers them from a
-// bitmap and read and write cost nothing.
-func filter() []unix.SockFilter {
-	const (
-		ld  = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS
-		jeq = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
-		jge = unix.BPF_JMP | unix.BPF_JGE | unix.BPF_K
-		jst = unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K
-		ret = unix.BPF_RET | unix.BPF_K
+// Instructions of the filter's machine.
+const (
+	bpfLd  = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS
+	bpfJa  = unix.BPF_JMP | unix.BPF_JA
+	bpfJeq = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
+	bpfJge = unix.BPF_JMP | unix.BPF_JGE | unix.BPF_K
+	bpfJst = unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K
+	bpfRet = unix.BPF_RET | unix.BPF_K
 
-		offNr, offArch = 0, 4
-		archX8664      = 0xc000003e
-	)
+	offNr, offArch = 0, 4
+	archX8664      = 0xc000003e
+)
+
+func stmt(code uint16, k uint32) unix.SockFilter { return unix.SockFilter{Code: code, K: k} }
+
+func jump(code uint16, k uint32, t, f uint8) unix.SockFilter {
+	return unix.SockFilter{Code: code, Jt: t, Jf: f, K: k}
+}
+
+func errno(e unix.Errno) unix.SockFilter { return stmt(bpfRet, retErrno|uint32(e)) }
+
+// branch is what is done with a call; it ends with an answer.
+type branch struct {
+	nr   uint32
+	code []unix.SockFilter
+}
+
+// branches are all calls that are not simply allowed, by number.
+func branches() (all []branch) {
+	add := func(nr uint32, code ...unix.SockFilter) { all = append(all, branch{nr, code}) }
 	arg := func(i uint32) uint32 { return 16 + 8*i } // low half
-	stmt := func(code uint16, k uint32) unix.SockFilter { return unix.SockFilter{Code: code, K: k} }
-	jump := func(code uint16, k uint32, t, f uint8) unix.SockFilter {
-		return unix.SockFilter{Code: code, Jt: t, Jf: f, K: k}
-	}
-	errno := func(e unix.Errno) unix.SockFilter { return stmt(ret, retErrno|uint32(e)) }
-	p := []unix.SockFilter{
-		stmt(ld, offArch),
-		jump(jeq, archX8664, 1, 0),
-		errno(unix.ENOSYS), // 32-bit entry
-		stmt(ld, offNr),
-		jump(jge, lastCall+1, 0, 1), // x32 has bit 30 set
-		errno(unix.ENOSYS),
-	}
 	for nr, e := range refused {
 		if e != 0 {
-			p = append(p, jump(jeq, nr, 0, 1), errno(e))
+			add(nr, errno(e))
 		}
 	}
 	for _, nr := range named {
 		switch nr {
 		case unix.SYS_SENDTO: // without an address it names nothing
-			p = append(p, jump(jeq, nr, 0, 6),
-				stmt(ld, arg(4)), jump(jeq, 0, 0, 2),
-				stmt(ld, arg(4)+4), jump(jeq, 0, 1, 0),
-				stmt(ret, retUser), stmt(ret, retAllow))
+			add(nr, stmt(bpfLd, arg(4)), jump(bpfJeq, 0, 0, 2),
+				stmt(bpfLd, arg(4)+4), jump(bpfJeq, 0, 1, 0),
+				stmt(bpfRet, retUser), stmt(bpfRet, retAllow))
 		case unix.SYS_SHMGET, unix.SYS_SEMGET, unix.SYS_MSGGET: // IPC_PRIVATE names nothing
-			p = append(p, jump(jeq, nr, 0, 4),
-				stmt(ld, arg(0)), jump(jeq, 0, 0, 1), stmt(ret, retAllow), stmt(ret, retUser))
+			add(nr, stmt(bpfLd, arg(0)), jump(bpfJeq, 0, 0, 1), stmt(bpfRet, retAllow), stmt(bpfRet, retUser))
 		default:
-			p = append(p, jump(jeq, nr, 0, 1), stmt(ret, retUser))
+			add(nr, stmt(bpfRet, retUser))
 		}
 	}
 	// A second listener below this one would hide calls from it.
-	p = append(p, jump(jeq, unix.SYS_SECCOMP, 0, 4),
-		stmt(ld, arg(1)), jump(jst, unix.SECCOMP_FILTER_FLAG_NEW_LISTENER, 0, 1), errno(unix.EBUSY), stmt(ret, retAllow))
+	add(unix.SYS_SECCOMP, stmt(bpfLd, arg(1)), jump(bpfJst, unix.SECCOMP_FILTER_FLAG_NEW_LISTENER, 0, 1), errno(unix.EBUSY), stmt(bpfRet, retAllow))
 	// New mount and user name spaces.
 	for _, nr := range []uint32{unix.SYS_UNSHARE, unix.SYS_CLONE} {
-		p = append(p, jump(jeq, nr, 0, 4),
-			stmt(ld, arg(0)), jump(jst, unix.CLONE_NEWNS|unix.CLONE_NEWUSER, 0, 1), errno(unix.EPERM), stmt(ret, retAllow))
+		add(nr, stmt(bpfLd, arg(0)), jump(bpfJst, unix.CLONE_NEWNS|unix.CLONE_NEWUSER, 0, 1), errno(unix.EPERM), stmt(bpfRet, retAllow))
 	}
-	return append(p, stmt(ret, retAllow))
+	slices.SortFunc(all, func(x, y branch) int { return cmp.Compare(x.nr, y.nr) })
+	return all
+}
+
+// search finds a call's branch by halves: the kernel runs the filter for every number
+// there is when it is installed, and for every call that is stopped.
+func search(all []branch) (p []unix.SockFilter) {
+	const few = 3
+	if len(all) <= few {
+		for _, b := range all {
+			p = append(append(p, jump(bpfJeq, b.nr, 0, uint8(len(b.code)))), b.code...)
+		}
+		return append(p, stmt(bpfRet, retAllow))
+	}
+	half := len(all) / 2
+	low := search(all[:half])
+	p = append(p, jump(bpfJge, all[half].nr, 0, 1), stmt(bpfJa, uint32(len(low)))) // further than a conditional jump goes
+	return append(append(p, low...), search(all[half:])...)
+}
+
+// filter is the program that the kernel runs for every call. Calls it does not
+// stop depend on the call's number alone, so that the kernel answers them from a
+// bitmap and read and write cost nothing.
+func filter() []unix.SockFilter {
+	return append([]unix.SockFilter{
+		stmt(bpfLd, offArch),
+		jump(bpfJeq, archX8664, 1, 0),
+		errno(unix.ENOSYS), // 32-bit entry
+		stmt(bpfLd, offNr),
+		jump(bpfJge, lastCall+1, 0, 1), // x32 has bit 30 set
+		errno(unix.ENOSYS),
+	}, search(branches())...)
 }
 
 // install puts the filter on the calling thread, which must be locked, and
