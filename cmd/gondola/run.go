@@ -141,7 +141,7 @@ shows them, --no-host-cmdline leaves them out.`,
 	fl.StringVar(&f.cmdline, "cmdline", "", "words for the kernel's command line, behind gondola's own")
 	fl.StringVar(&f.name, "name", "gondola", "name of the machine and of the host in it, with a number if it is not given and in use")
 	fl.StringVar(&f.console, "console", "none", "interactive console: serial, virtio or none")
-	fl.StringVar(&f.userland, "userland", "", "commands in the guest: busybox, uroot or none (default busybox on PVM hosts, else uroot)")
+	fl.StringVar(&f.userland, "userland", "", "commands in the guest: busybox, busybox-links (so that not only shells find its commands), uroot or none (default busybox on PVM hosts, else uroot)")
 	fl.StringArrayVar(&f.copies, "copy", nil, "copy HOST[:GUEST], a file or directory, into the guest (repeatable)")
 	fl.StringArrayVar(&f.disks, "disk", nil, "attach a disk, PATH[,OPTION…], see gondola disk (repeatable)")
 	fl.IntVar(&f.diskSlots, "disk-slots", 0, "empty disks behind them, for gondola disk attach")
@@ -176,7 +176,7 @@ shows them, --no-host-cmdline leaves them out.`,
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(vs, cobra.ShellCompDirectiveNoFileComp)) // fails for unknown flags only
 	}
 	choices("console", "serial", "virtio", "none")
-	choices("userland", "busybox", "uroot", "none")
+	choices("userland", "busybox", "busybox-links", "uroot", "none")
 	choices("debug", debugTopics...)
 	return c
 }

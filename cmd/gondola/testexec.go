@@ -71,7 +71,7 @@ If the guest hangs, the machine ends some time after -test.timeout.`,
 	fl.StringVar(&f.reuse, "reuse", "", "run in this machine instead of a fresh one")
 	fl.StringVar(&f.kernel, "kernel", "", "kernel, bzImage or vmlinux (default the guest kernel)")
 	fl.StringVar(&f.cmdline, "cmdline", "", "words for the kernel's command line")
-	fl.StringVar(&f.userland, "userland", "", "commands in the guest: busybox, uroot or none (default as gondola run)")
+	fl.StringVar(&f.userland, "userland", "", "commands in the guest: busybox, busybox-links (for tests that start its commands), uroot or none (default as gondola run)")
 	fl.VarP(&f.memory, "memory", "m", "memory, with K, M or G")
 	fl.IntVarP(&f.cpus, "cpus", "c", 1, fmt.Sprintf("vCPUs, 1 to %d", vmm.MaxVCPUs))
 	fl.StringArrayVarP(&f.env, "env", "e", nil, "set NAME=VALUE for the test (repeatable)")

@@ -16,7 +16,11 @@ func userlandCommand() *cobra.Command {
 		Use:   "userland",
 		Short: "Prepare the commands that guests have",
 		Long: `A guest has a shell and core commands: u-root's, busybox, or none. 'gondola run'
-finds or builds them when it needs them; --userland there chooses.`,
+finds or builds them when it needs them; --userland there chooses.
+
+With busybox, the guest's shell, gondola exec and gondola env find its commands by
+themselves. Other programs, which look in PATH, find them with busybox-links: a link
+for each, which takes a guest on a PVM host a second or two of its boot.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}

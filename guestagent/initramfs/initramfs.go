@@ -35,16 +35,22 @@ type Userland string
 const (
 	UserlandNone    Userland = "none"
 	UserlandBusybox Userland = "busybox" // Debian's busybox-static
+	// UserlandBusyboxLinks has a link for each of busybox' commands. Without, there
+	// are links for /bin/sh and /usr/bin/env only: busybox' shell, the agent and
+	// gondola-env find the others by themselves, but other programs that look in PATH
+	// do not. A few hundred links cost a guest without hardware virtualization 1 to
+	// 2 s of its boot.
+	UserlandBusyboxLinks Userland = "busybox-links"
 	UserlandUroot   Userland = "uroot"   // u-root's commands, built with the Go toolchain
 )
 
 // ParseUserland checks a userland's name.
 func ParseUserland(s string) (Userland, error) {
 	switch u := Userland(s); u {
-	case UserlandNone, UserlandBusybox, UserlandUroot:
+	case UserlandNone, UserlandBusybox, UserlandBusyboxLinks, UserlandUroot:
 		return u, nil
 	}
-	return "", fmt.Errorf("userland %q: must be uroot, busybox or none", s)
+	return "", fmt.Errorf("userland %q: must be uroot, busybox, busybox-links or none", s)
 }
 
 // Errors, for errors.Is.
@@ -79,12 +85,6 @@ type Options struct {
 	Agent []byte
 	// Userland is what is there beside the agent (default none).
 	Userland Userland
-	// Links makes a link for each of busybox' commands. Without, there are
-	// links for /bin/sh and /usr/bin/env only; busybox' shell and the agent
-	// find the others by themselves, but other programs that look in PATH do
-	// not. A few hundred links cost a guest without hardware virtualization
-	// 1 to 2 s.
-	Links bool
 	// Config is left for the init; what depends on the userland is set here.
 	Config initconf.Config
 	// Files are added, and replace what has the same name.
@@ -142,7 +142,7 @@ func Prepare(ctx context.Context, o Options) (string, error) {
 			return "", fmt.Errorf("%w: u-root: %w", ErrNoUserland, err)
 		}
 		return path, nil
-	case UserlandBusybox:
+	case UserlandBusybox, UserlandBusyboxLinks:
 		return o.busybox()
 	}
 	return "", nil
@@ -275,7 +275,7 @@ func build(ctx context.Context, o Options) (archive, error) {
 	conf := o.Config
 	var err error
 	switch o.Userland {
-	case UserlandBusybox:
+	case UserlandBusybox, UserlandBusyboxLinks:
 		err = addBusybox(ctx, a, &conf, o)
 	case UserlandUroot:
 		err = addUroot(ctx, a, &conf, o)

@@ -86,7 +86,7 @@ func TestBusybox(t *testing.T) {
 	assert.Equal(t, "/bin/busybox", config(t, m).Applets)
 	assert.JSONEq(t, `{"applets": "/bin/busybox"}`, content(t, m["etc/gondola/commands.json"]))
 
-	o.Links = true
+	o.Userland = UserlandBusyboxLinks
 	m, _ = read(t, write(t, o))
 	assert.Equal(t, "/bin/busybox", content(t, m["bin/cat"]))
 	assert.Equal(t, "/bin/busybox", content(t, m["usr/bin/who"]))
@@ -146,7 +146,7 @@ func TestBadInput(t *testing.T) {
 		text string
 	}{
 		"no agent":         {o: Options{}, text: "no agent"},
-		"userland":         {o: Options{Agent: []byte("a"), Userland: "gnu"}, text: "uroot, busybox or none"},
+		"userland":         {o: Options{Agent: []byte("a"), Userland: "gnu"}, text: "uroot, busybox, busybox-links or none"},
 		"missing file":     {o: Options{Agent: []byte("a"), Files: []File{{"/no/such", "/x"}}}, err: os.ErrNotExist},
 		"device":           {o: Options{Agent: []byte("a"), Files: []File{{"/dev/null", "/x"}}}, text: "neither a file"},
 		"agent's place":    {o: Options{Agent: []byte("a"), Files: []File{{dynamic, "/./init"}}}, text: "agent's place"},

@@ -33,7 +33,7 @@ func addBusybox(ctx context.Context, a archive, conf *initconf.Config, o Options
 	}
 	a.add(file("bin/busybox", b, 0o755))
 	links := []string{"bin/sh", "usr/bin/env"}
-	if o.Links {
+	if o.Userland == UserlandBusyboxLinks {
 		out, err := exec.CommandContext(ctx, bin, "--list-full").Output()
 		if err != nil {
 			return fmt.Errorf("%w: %s --list-full: %w", ErrNoUserland, bin, err)

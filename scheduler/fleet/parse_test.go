@@ -139,7 +139,7 @@ var wrong = []struct {
 	{"env", "machines:\n  a: {env: {X: }}\n  b: {env: {'A=B': c}}\n  c: {env: [A=b]}\n", []string{"a.env.X: want text, not nothing", "not the name of a variable", "c.env: want keys"}, true},
 	{"restart", "machines:\n  a: {restart: sometimes}\n  b: {restart: {policy: always, back-off: soon, max: -1, maxx: 1}}\n", []string{"want never, on-failure, always", "want a time, like 500ms", "b.restart.max: want", "is max meant?"}, true},
 	{"isolation", "isolation: jail\nmachines: {a: }\n", []string{"want process, library"}, true},
-	{"userland", "machines: {a: {userland: gnu}}\n", []string{"want busybox, uroot, none"}, true},
+	{"userland", "machines: {a: {userland: gnu}}\n", []string{"want busybox, busybox-links, uroot, none"}, true},
 	{"count", "machines: {a: {count: 0}, b: {count: 5000}}\n", []string{"a.count", "b.count"}, true},
 	{"machine's name", "machines:\n  -a: {}\n  'a b': {}\n", []string{`"-a" is no name`, `"a b" is no name`}, true},
 	{"fleet's name", "name: ../x\nmachines: {a: }\n", []string{"name: \"../x\" is no name"}, true},

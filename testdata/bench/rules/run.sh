@@ -18,7 +18,7 @@ g=bin/gondola
 export XDG_STATE_HOME=$(mktemp -d)
 
 start() { # memory; the machine with the programs in it
-	$g run -d --name web --cpus 1 --memory "$1" -p 127.0.0.1:8080:80 --userland busybox --copy bin/rules:/bin/rules >/dev/null
+	$g run -d --name web --cpus 1 --memory "$1" -p 127.0.0.1:8080:80 --userland busybox-links --copy bin/rules:/bin/rules >/dev/null
 	trap '$g stop --kill web >/dev/null' EXIT
 	local tid
 	tid=$($g info --json web | tr -d ' \n' | sed 's/.*"threads":\[\([0-9]*\).*/\1/')
