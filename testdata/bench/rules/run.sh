@@ -40,7 +40,8 @@ load)
 	start 256M
 	$g exec web -- sh -c 'setsid rules serve :80 </dev/null >/dev/null 2>&1 & setsid rules crowd ${CROWD:-50} </dev/null >/dev/null 2>&1 &
 		for i in 1 2; do setsid sh -c "while :; do :; done" </dev/null >/dev/null 2>&1 & echo $! >>/tmp/hogs; done; kill -STOP $(cat /tmp/hogs)'
-	until bin/rules load http://127.0.0.1:8080/ 1 2 "$XDG_STATE_HOME/ready" ready >/dev/null 2>&1; do sleep 1; done # a slow guest starts its crowd first
+	until bin/rules load http://127.0.0.1:8080/ 1 2 "$XDG_STATE_HOME/ready" ready >/dev/null 2>&1; do sleep 1; done
+	$g exec web -- sh -c "until [ \$(pidof sleep | wc -w) -ge ${CROWD:-50} ]; do sleep 1; done"
 	load 'warm-up' 5 && rm "$XDG_STATE_HOME/phases"
 	seconds=${SECONDS_EACH:-8}
 	for round in $(seq "${ROUNDS:-5}"); do
@@ -51,9 +52,9 @@ load)
 		$g rules apply "$XDG_STATE_HOME/rules.yaml" --machine web --no-orders >"$XDG_STATE_HOME/said" & rules=$!
 		for i in $(seq 20); do # until the ladder is climbed
 			load 'while the rules climb' 5 || true # a look at a slow guest takes seconds of its processor
-			[ "$(said '→ high')" -lt 1 ] || [ "$(said '→ low')" -lt 2 ] || break
+			[ "$(said '→ high')" -lt 1 ] || [ "$(said ' sh: .*→ low')" -lt 2 ] || break
 		done
-		echo "round $round: after $i times 5 s: $(said '→ high') raised to high, $(said '→ low') of the batch jobs low"
+		echo "round $round: after $i times 5 s: $(said '→ high') raised to high, $(said ' sh: .*→ low') of the batch jobs low"
 		rulesfile "${CYCLE:-10s}"
 		load 'while the rules climb' 5 || true
 		load 'beside two batch jobs, rules' "$seconds"
