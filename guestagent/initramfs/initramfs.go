@@ -41,7 +41,7 @@ const (
 	// do not. A few hundred links cost a guest without hardware virtualization 1 to
 	// 2 s of its boot.
 	UserlandBusyboxLinks Userland = "busybox-links"
-	UserlandUroot   Userland = "uroot"   // u-root's commands, built with the Go toolchain
+	UserlandUroot        Userland = "uroot" // u-root's commands, built with the Go toolchain
 )
 
 // ParseUserland checks a userland's name.
