@@ -28,9 +28,11 @@ func (vm *VM) CPUWaits() []time.Duration {
 		if err != nil {
 			return 0, err
 		}
-		var ran uint64
-		_, err = fmt.Sscan(string(b), &ran, &waited)
-		return waited, err
+		_, waited, ok := parseSchedstat(b)
+		if !ok {
+			return 0, fmt.Errorf("schedstat of thread %d not understood: %q", tid, b)
+		}
+		return waited, nil
 	})
 }
 

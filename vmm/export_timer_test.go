@@ -5,7 +5,6 @@ import "time"
 const (
 	BootGrid = bootGrid
 	MaxPace  = maxPace
-	PaceStep = paceStep
 )
 
 var (

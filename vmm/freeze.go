@@ -150,7 +150,6 @@ func (l *Live) TakeDirty(dst, own []uint64) (_, _ []uint64, err error) {
 // its own thread call fn; a single one stays parked, and the caller does, which saves
 // two wake-ups. (KVM takes a vCPU's ioctls from any thread, one at a time.)
 func (vm *VM) onVCPUs(fn func(*vcpu) error) error {
-	errs := make([]error, len(vm.vcpus))
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
 	if vm.want == wantClose {
@@ -171,6 +170,7 @@ func (vm *VM) onVCPUs(fn func(*vcpu) error) error {
 		}
 		return nil
 	}
+	errs := make([]error, len(vm.vcpus))
 	left := len(vm.vcpus)
 	for i, c := range vm.vcpus {
 		c.job = func() {
