@@ -91,6 +91,25 @@ func TestFits(t *testing.T) {
 	assert.NoError(t, near.fits(&have))
 }
 
+// A deadline is as far ahead of the TSC that the guest has now as it was.
+func TestMovedDeadline(t *testing.T) {
+	const end = ^uint64(0)
+	for _, c := range []struct{ deadline, then, now, want uint64 }{
+		{1500, 1000, 1000, 1500},           // the TSC is the state's
+		{1500, 1000, 90_000, 90_500},       // a PVM host's has gone on
+		{90_500, 90_000, 1000, 1500},       // of a host that is up for longer
+		{900, 1000, 2000, 900},             // it had expired
+		{900_000, 1_000_000, 2000, 2000},   // and on this host it would not have
+		{end, 1000, 2000, end},             // at the end of time
+		{end - 1, 1000, 900_000, end},      // about there
+		{1000, 1000, 5000, 1000},           // just now
+		{1<<63 + 10, 1 << 63, 20, 30},      // far from zero
+		{end - 100, end - 200, 1000, 1100}, // at the end of a TSC
+	} {
+		assert.Equal(t, c.want, movedDeadline(c.deadline, c.then, c.now), "%+v", c)
+	}
+}
+
 // FuzzVCPUState: whatever a section of a state says, it is refused or makes sense.
 func FuzzVCPUState(f *testing.F) {
 	m := machineState{VCPUs: 1, Memory: 1 << 20, XSave: 4096}

@@ -20,3 +20,6 @@ type Pace struct{ pace }
 func (p *Pace) Step(now time.Time, ran, waited time.Duration) time.Duration {
 	return p.step(now, ran, waited)
 }
+
+// HasDeadlineTimer tells whether guests have IA32_TSC_DEADLINE.
+func (vm *VM) HasDeadlineTimer() bool { return vm.tscDeadline }

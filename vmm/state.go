@@ -474,11 +474,7 @@ func (c *vcpu) load(l *cpuLoad) error {
 			return err
 		}
 	}
-	n, err := k.SetMSRs(l.msrs)
-	if err == nil && n != len(l.msrs) {
-		err = fmt.Errorf("the host refuses %#x for MSR %#x", l.msrs[n].Data, l.msrs[n].Index)
-	}
-	if err != nil {
+	if err := c.loadMSRs(l.msrs); err != nil {
 		return err
 	}
 	if err := k.SetEvents(&l.events); err != nil {
@@ -490,6 +486,45 @@ func (c *vcpu) load(l *cpuLoad) error {
 		c.pvm.completer.xcr0 = 0
 	}
 	return nil
+}
+
+// loadMSRs writes MSRs as findMSRs has ordered them.
+func (c *vcpu) loadMSRs(msrs []kvm.MSR) error {
+	set := func(msrs []kvm.MSR) error {
+		n, err := c.k.SetMSRs(msrs)
+		if err == nil && n != len(msrs) {
+			err = fmt.Errorf("the host refuses %#x for MSR %#x", msrs[n].Data, msrs[n].Index)
+		}
+		return err
+	}
+	last := len(msrs) - 1
+	if last < 1 || msrs[0].Index != msrTSC || msrs[last].Index != msrTSCDeadline || msrs[last].Data == 0 {
+		return set(msrs)
+	}
+	// The guest's TSC need not be the state's: a PVM host's cannot be set, and KVM takes
+	// a value that is less than a second off for an attempt to synchronise vCPUs. A
+	// deadline of another time would be over at once, or come in days.
+	if err := set(msrs[:last]); err != nil {
+		return err
+	}
+	now := []kvm.MSR{{Index: msrTSC}}
+	if n, err := c.k.GetMSRs(now); err != nil || n != 1 {
+		return errors.Join(err, errors.New("the host does not give its TSC"))
+	}
+	return set([]kvm.MSR{{Index: msrTSCDeadline, Data: movedDeadline(msrs[last].Data, msrs[0].Data, now[0].Data)}})
+}
+
+// movedDeadline is a deadline of when the TSC was at then, for one that is at now: as far
+// ahead as it was. One that had passed has passed, one at the end of time stays there.
+func movedDeadline(deadline, then, now uint64) uint64 {
+	left := deadline - then
+	if deadline <= then {
+		return min(deadline, now)
+	}
+	if now+left < now {
+		return ^uint64(0)
+	}
+	return now + left
 }
 
 // chipLoad is chipState ready to be loaded.

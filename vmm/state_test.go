@@ -292,6 +292,74 @@ func TestRestoreTimers(t *testing.T) {
 	<-done
 }
 
+// A timer that was to expire in a while does so that while after each restore: neither
+// at once, because the host's TSC goes on, nor never.
+func TestRestoreDeadline(t *testing.T) {
+	const ahead, spent = 2 * time.Second, 700 * time.Millisecond
+	said := make(chan uint32, 16)
+	var armed time.Time // of the first time
+	vm := newVM(t, vmm.Config{
+		Boot: vmmtest.Assemble(t, "../testdata/guests/deadline.s"),
+		Devices: []vmm.Device{vmm.Ports{Name: "said", Base: 0x90, Size: 1, Handler: &ports{out: func(_ uint64, v uint32) {
+			if v == 1 {
+				armed = time.Now()
+			}
+			said <- v
+		}}}},
+	})
+	ticks := vm.TSCTicks(ahead)
+	if ticks == 0 || !vm.HasDeadlineTimer() {
+		t.Fatal("this host does not tell the TSC's frequency, or has no deadline timer")
+	}
+	var b [8]byte
+	binary.LittleEndian.PutUint64(b[:], ticks)
+	require.NoError(t, vm.Memory().WriteAt(b[:], 0x2000))
+	ctx := timeout(t)
+	done := start(ctx, vm)
+	next := func(want uint32) {
+		t.Helper()
+		select {
+		case v := <-said:
+			require.Equal(t, want, v)
+		case <-ctx.Done():
+			ps, err := vm.Processors(t.Context())
+			t.Fatalf("the timer stands still: %v %v", ps, err)
+		}
+	}
+	next(1)
+	var c *copyOf
+	require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+		c = capture(t, f)
+		ps, err := f.Processors()
+		if assert.NoError(t, err) {
+			assert.Equal(t, "deadline, vector 64", ps[0].Timer)
+			assert.Positive(t, ps[0].Due, ps[0])
+			assert.LessOrEqual(t, ps[0].Due, ahead)
+		}
+		return nil
+	}))
+	left := ahead - time.Since(armed) // at least, when the state was saved
+	for i := range 3 {
+		time.Sleep(spent)
+		var back time.Time
+		require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+			_, err := c.Restore(f)
+			back = time.Now()
+			for len(said) > 0 { // of before
+				<-said
+			}
+			return err
+		}))
+		next(2)
+		took := time.Since(back)
+		// KVM rounds a guest's time to the nanosecond, and its clock is another than ours.
+		assert.Greater(t, took, left-50*time.Millisecond, "round %d: too early", i)
+		t.Logf("round %d: after %v, of %v", i, took, left)
+	}
+	vm.Stop()
+	<-done
+}
+
 // What devices signal while a state is loaded reaches the guest, although the
 // interrupt controllers are loaded after it.
 func TestLoadKeepsInterrupts(t *testing.T) {

@@ -19,22 +19,52 @@ import (
 )
 
 func infoCommand() *cobra.Command {
-	var asJSON, all bool
+	var asJSON, all, registers bool
 	c := &cobra.Command{
 		Use:   "info NAME",
 		Short: "Describe a running machine and what runs in it",
 		Long: `Describe a running machine: what its monitor knows, and what the agent in its guest
 sees: memory, load, processes and network connections. While the agent does not
-answer, only the former.`,
+answer, only the former.
+
+With --registers, what each vCPU is doing, by KVM: registers, interrupts that wait or
+are served, the timer. That is for a guest which stands still: the machine is
+paused for a moment, and the guest is not asked.`,
 		Args:              oneMachine,
 		ValidArgsFunction: completeMachine,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if registers {
+				return showRegisters(cmd.Context(), args[0], asJSON, cmd.OutOrStdout())
+			}
 			return info(cmd.Context(), args[0], asJSON, all, cmd.OutOrStdout())
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "machine-readable, with everything")
 	c.Flags().BoolVarP(&all, "all", "a", false, "show the guest kernel's own threads and sockets of no process, too")
+	c.Flags().BoolVar(&registers, "registers", false, "show what the vCPUs are doing, of a guest that stands still, say")
+	c.MarkFlagsMutuallyExclusive("all", "registers")
 	return c
+}
+
+func showRegisters(ctx context.Context, name string, asJSON bool, w io.Writer) error {
+	c, err := dial(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	ps, err := c.Processors(ctx)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return printJSON(w, ps)
+	}
+	for _, p := range ps {
+		if _, err := fmt.Fprintln(w, p); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // infoTimeout is how long the guest may take to tell what it sees: reading

@@ -229,6 +229,9 @@ func (c controlled) Resume() error                   { return c.VM().Resume() }
 func (c controlled) Stop()                           { c.VM().Stop() }
 func (c controlled) Stats() vmm.Stats                { return c.VM().Stats() }
 func (c controlled) Requests() *control.Requests     { return c.requests.counters() }
+func (c controlled) Processors(ctx context.Context) ([]vmm.Processor, error) {
+	return c.VM().Processors(ctx)
+}
 func (c controlled) AttachDisk(d control.Disk) (string, error) {
 	return c.Guest.AttachDisk(guest.Disk{Path: d.Path, ReadOnly: d.ReadOnly, COW: d.COW, Backing: d.Backing, Serial: d.Serial, Limits: d.Limits})
 }

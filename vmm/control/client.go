@@ -9,6 +9,7 @@ import (
 	"github.com/gondola-vmm/gondola/devices/iostat"
 	"github.com/gondola-vmm/gondola/guestagent"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/vmm"
 )
 
 // ErrNoAnswer: something holds the machine's name but does not answer.
@@ -52,6 +53,12 @@ func (c *Client) Machine(ctx context.Context) (info Info, err error) {
 // who ask often.
 func (c *Client) Counters(ctx context.Context) (info Info, err error) {
 	return info, c.Conn().Do(ctx, OpCounters, nil, &info)
+}
+
+// Processors tells what the machine's vCPUs are doing, for which it stands still for a
+// moment.
+func (c *Client) Processors(ctx context.Context) (ps []vmm.Processor, err error) {
+	return ps, c.Conn().Do(ctx, OpProcessors, nil, &ps)
 }
 
 // Pause stops the machine's processors until Resume. It does nothing to a paused

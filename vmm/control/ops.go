@@ -36,6 +36,8 @@ const (
 	OpDiskAttach = "machine.disk.attach" // Disk → DiskAttached
 	OpDiskDetach = "machine.disk.detach" // DiskDetach, empty reply
 	OpLink       = "machine.link"        // Link, empty reply
+
+	OpProcessors = "machine.processors" // no arguments → []vmm.Processor
 )
 
 // States of a machine.

@@ -53,6 +53,11 @@ type Linker interface {
 	SetLink(up bool) error
 }
 
+// Inspector is implemented by a Machine that tells what its vCPUs are doing.
+type Inspector interface {
+	Processors(context.Context) ([]vmm.Processor, error)
+}
+
 // Config of a server. The zero value works.
 type Config struct {
 	// Info is what does not change: all but State, Clients and Stats. Name,
@@ -256,6 +261,7 @@ func (s *Server) handlers() map[string]func(*proto.Call) {
 		OpDiskAttach: handle(s.attachDisk),
 		OpDiskDetach: handle(s.detachDisk),
 		OpLink:       handle(s.link),
+		OpProcessors: handle(s.processors),
 
 		proto.OpExec: s.forward(passed{
 			in: []uint8{proto.StreamStdin, proto.StreamControl}, out: []uint8{proto.StreamStdout, proto.StreamStderr},
@@ -404,6 +410,23 @@ func (s *Server) state(paused bool) string {
 		return StateBooting
 	}
 	return StateRunning
+}
+
+// processors performs OpProcessors.
+func (s *Server) processors(c *proto.Call, _ *struct{}) (any, error) {
+	m, err := s.running(c)
+	if err != nil {
+		return nil, err
+	}
+	i, ok := m.(Inspector)
+	if !ok {
+		return nil, errors.New("this machine does not tell what its vCPUs are doing")
+	}
+	ctx, cancel := callContext(c)
+	defer cancel()
+	ctx, stop := context.WithTimeout(ctx, pauseTimeout)
+	defer stop()
+	return i.Processors(ctx)
 }
 
 func (s *Server) pause(c *proto.Call, _ *struct{}) (any, error) {

@@ -135,11 +135,15 @@ func (g *Guest) activity() string {
 	default:
 	}
 	const moment = 300 * time.Millisecond
-	before := g.VM().Stats()
+	before, used := g.VM().Stats(), g.VM().CPUTimes()
 	time.Sleep(moment)
 	after := g.VM().Stats()
+	spent := g.VM().CPUTimes()
+	for i := range min(len(spent), len(used)) {
+		spent[i] -= used[i]
+	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "the machine runs; exits so far, and in the last %v:", moment)
+	fmt.Fprintf(&b, "the machine runs; exits so far, and in the last %v, of which its vCPUs' threads had %v of a processor:", moment, spent)
 	table := func(before, after map[string]uint64) {
 		for _, k := range slices.Sorted(maps.Keys(after)) {
 			fmt.Fprintf(&b, "\n  %-28s %10d %+d", k, after[k], after[k]-before[k])
@@ -148,6 +152,18 @@ func (g *Guest) activity() string {
 	table(before.Exits, after.Exits)
 	table(map[string]uint64{"SYSCALL": before.Syscalls}, map[string]uint64{"SYSCALL": after.Syscalls})
 	table(before.Completed, after.Completed)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	ps, err := g.VM().Processors(ctx)
+	if err != nil {
+		fmt.Fprintf(&b, "\n  the vCPUs do not tell what they do: %v", err)
+	}
+	for _, p := range ps {
+		fmt.Fprintf(&b, "\n  %v", p)
+	}
+	// Being asked has woken them: does that help?
+	time.Sleep(moment)
+	table(after.Exits, g.VM().Stats().Exits)
 	return b.String()
 }
 
