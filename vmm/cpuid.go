@@ -7,10 +7,13 @@ import (
 )
 
 // Paravirtual features of CPUID leaf 0x40000001 (Documentation/virt/kvm/x86/cpuid.rst)
-// that work without hypercalls: both clock sources, no I/O delay, PV EOI, stable
-// clock. A hypercall in ring 0 is retried for ever on a PVM host, so that is all
-// a guest gets there.
-const pvmKVMFeatures = 0x0100004b
+// that work without hypercalls: both clock sources, no I/O delay, stable clock. A
+// hypercall in ring 0 is retried for ever on a PVM host, so that is all a guest gets
+// there. PV EOI works, too, but saves nothing where the guest's kernel is emulated: KVM
+// takes the flag back before the kernel can see it, which costs both a few instructions
+// for each interrupt. And an end of interrupt of which KVM is not told, because a state
+// that is loaded has the flag and KVM does not, blocks a local APIC for good.
+const pvmKVMFeatures = 0x0100000b
 
 // cpuidFor is what CPUID shows to a vCPU: all that KVM supports, with the
 // vCPU's place in a topology of one socket, one thread a core.

@@ -360,6 +360,64 @@ func TestRestoreDeadline(t *testing.T) {
 	<-done
 }
 
+// A page fault that is on its way into the guest when the machine is saved has its
+// address in the state. Where KVM delivers faults itself (on PVM hosts and without nested
+// paging), it is not in CR2 yet then.
+func TestRestoreFaults(t *testing.T) {
+	wrong := make(chan struct{}, 1)
+	vm := newVM(t, vmm.Config{
+		Boot: vmmtest.Assemble(t, "../testdata/guests/faults.s"),
+		Devices: []vmm.Device{vmm.Ports{Name: "wrong", Base: 0x90, Size: 1, Handler: &ports{out: func(uint64, uint32) {
+			select {
+			case wrong <- struct{}{}:
+			default:
+			}
+		}}}},
+	})
+	ctx := timeout(t)
+	done := start(ctx, vm)
+	count := func() uint32 {
+		n, err := vm.Memory().Load32(0x2000)
+		require.NoError(t, err)
+		return n
+	}
+	onTheWay, rounds := 0, 0
+	for begin := time.Now(); rounds < 50 || rounds < 3000 && time.Since(begin) < 3*time.Second; rounds++ {
+		for was := count(); count() == was; {
+			require.NoError(t, ctx.Err(), "the guest stands still")
+			time.Sleep(50 * time.Microsecond)
+		}
+		require.NoError(t, vm.Freeze(ctx, func(f *vmm.Frozen) error {
+			st, err := f.Save()
+			if err != nil {
+				return err
+			}
+			ps, err := f.Processors()
+			if err != nil {
+				return err
+			}
+			if len(ps[0].Injected) > 0 {
+				onTheWay++
+			}
+			p, err := vm.Prepare(st)
+			if err != nil {
+				return err
+			}
+			return f.Load(p, func() error { return nil })
+		}))
+		select {
+		case <-wrong:
+			at, err := vm.Memory().Load32(0x2008)
+			require.NoError(t, err)
+			t.Fatalf("round %d: a fault at another address than what CR2 says, %#x", rounds, at)
+		default:
+		}
+	}
+	t.Logf("%d rounds, a fault was on its way in %d", rounds, onTheWay)
+	vm.Stop()
+	<-done
+}
+
 // What devices signal while a state is loaded reaches the guest, although the
 // interrupt controllers are loaded after it.
 func TestLoadKeepsInterrupts(t *testing.T) {

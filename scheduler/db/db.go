@@ -322,6 +322,8 @@ func (d *DB) version(ctx context.Context) (v int, err error) {
 		return 0, fmt.Errorf("%w: it has %d tables and application id %#x; choose another file", ErrForeign, tables, id)
 	case v > len(migrations):
 		return 0, fmt.Errorf("%w: its schema is version %d, this gondola knows %d; use the later gondola, or another file", ErrNewer, v, len(migrations))
+	case tables == 0 && d.o.ReadOnly: // who makes it has not got any further yet
+		return 0, fmt.Errorf("%w: the file is there, with nothing in it", ErrMissing)
 	case v < len(migrations) && d.o.ReadOnly:
 		return 0, fmt.Errorf("%w: its schema is version %d of %d; gondola rules apply or gondola sched run brings it up to date", ErrOld, v, len(migrations))
 	}

@@ -300,6 +300,9 @@ func TestDecisions(t *testing.T) {
 // that is in it; who only reads says what to do.
 func TestMigration(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "g.db")
+	require.NoError(t, os.WriteFile(path, nil, 0o600)) // as it is for a moment when it is made
+	_, err := Open(t.Context(), path, Options{ReadOnly: true})
+	require.ErrorIs(t, err, ErrMissing)
 	old, err := sql.Open("sqlite", path)
 	require.NoError(t, err)
 	_, err = old.Exec(migrations[0] + fmt.Sprintf(`PRAGMA user_version = 1; PRAGMA application_id = %d;

@@ -2,7 +2,6 @@
 // server for a guest, and a load for the host (run.sh).
 //
 //	rules serve ADDR                      answer each request after some work
-//	rules crowd N                         start N processes that sleep, and sleep
 //	rules load URL N SECONDS FILE LABEL   N clients in a row of requests each; appends what it saw to FILE
 //	rules sum FILE                        a table of all that is in FILE, by label
 package main
@@ -15,7 +14,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"slices"
 	"strconv"
 	"sync"
@@ -32,33 +30,16 @@ func main() {
 		err = http.ListenAndServe(os.Args[2], http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			fmt.Fprintf(w, "%x\n", sha256.Sum256(work)) // a client that is gone does not matter
 		}))
-	case len(os.Args) == 3 && os.Args[1] == "crowd":
-		err = crowd(os.Args[2])
 	case len(os.Args) == 7 && os.Args[1] == "load":
 		err = load(os.Args[2], os.Args[3], os.Args[4], os.Args[5], os.Args[6])
 	case len(os.Args) == 3 && os.Args[1] == "sum":
 		err = sum(os.Args[2])
 	default:
-		err = fmt.Errorf("usage: rules serve ADDR | crowd N | load URL N SECONDS FILE LABEL | sum FILE")
+		err = fmt.Errorf("usage: rules serve ADDR | load URL N SECONDS FILE LABEL | sum FILE")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "rules:", err)
 		os.Exit(1)
-	}
-}
-
-func crowd(number string) error {
-	n, err := strconv.Atoi(number)
-	if err != nil {
-		return err
-	}
-	for range n {
-		if err := exec.Command("sleep", "100000").Start(); err != nil {
-			return err
-		}
-	}
-	for {
-		time.Sleep(time.Hour)
 	}
 }
 
