@@ -21,6 +21,7 @@ type Processor struct {
 	CPL   uint8  `json:"cpl"` // 0: the kernel; 3: a program
 
 	RIP    uint64 `json:"rip"`
+	Symbol string `json:"symbol,omitempty"` // what is there, if somebody who knows the kernel has filled it in
 	RSP    uint64 `json:"rsp"`
 	RFLAGS uint64 `json:"rflags"`
 	CR2    uint64 `json:"cr2"` // address of the last page fault
@@ -46,7 +47,11 @@ type Processor struct {
 // String is one line, two with an APIC.
 func (p Processor) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "vCPU %d: %s, CPL %d, RIP %016x, RSP %016x, RFLAGS %06x, CR2 %x, CR3 %x, interrupts ", p.ID, p.State, p.CPL, p.RIP, p.RSP, p.RFLAGS, p.CR2, p.CR3)
+	fmt.Fprintf(&b, "vCPU %d: %s, CPL %d, RIP %016x", p.ID, p.State, p.CPL, p.RIP)
+	if p.Symbol != "" {
+		fmt.Fprintf(&b, " (%s)", p.Symbol)
+	}
+	fmt.Fprintf(&b, ", RSP %016x, RFLAGS %06x, CR2 %x, CR3 %x, interrupts ", p.RSP, p.RFLAGS, p.CR2, p.CR3)
 	switch {
 	case !p.Interrupts:
 		b.WriteString("off")

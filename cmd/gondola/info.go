@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -13,8 +14,10 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gondola-vmm/gondola/firmware/guestkernel"
 	"github.com/gondola-vmm/gondola/guestagent"
 	"github.com/gondola-vmm/gondola/guestagent/proto"
+	"github.com/gondola-vmm/gondola/vmm"
 	"github.com/gondola-vmm/gondola/vmm/control"
 )
 
@@ -27,12 +30,15 @@ func infoCommand() *cobra.Command {
 sees: memory, load, processes and network connections. While the agent does not
 answer, only the former.
 
-With --registers, what each vCPU is doing, by KVM: registers, interrupts that wait or
-are served, the timer. That is for a guest which stands still: the machine is
+With --registers, what each vCPU is doing, by KVM: registers, the function of
+gondola's guest kernel that it is in, interrupts that wait or are served, the timer. That is for a guest which stands still: the machine is
 paused for a moment, and the guest is not asked.`,
 		Args:              oneMachine,
 		ValidArgsFunction: completeMachine,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if registers && all {
+				return usageError{errors.New("--registers asks KVM, and --all is of what the guest tells: one of both")}
+			}
 			if registers {
 				return showRegisters(cmd.Context(), args[0], asJSON, cmd.OutOrStdout())
 			}
@@ -42,7 +48,6 @@ paused for a moment, and the guest is not asked.`,
 	c.Flags().BoolVar(&asJSON, "json", false, "machine-readable, with everything")
 	c.Flags().BoolVarP(&all, "all", "a", false, "show the guest kernel's own threads and sockets of no process, too")
 	c.Flags().BoolVar(&registers, "registers", false, "show what the vCPUs are doing, of a guest that stands still, say")
-	c.MarkFlagsMutuallyExclusive("all", "registers")
 	return c
 }
 
@@ -56,6 +61,13 @@ func showRegisters(ctx context.Context, name string, asJSON bool, w io.Writer) e
 	if err != nil {
 		return err
 	}
+	m, err := c.Counters(ctx)
+	if err != nil {
+		return err
+	}
+	if m.Kernel == "" { // others may have moved themselves (KASLR)
+		nameSymbols(ps)
+	}
 	if asJSON {
 		return printJSON(w, ps)
 	}
@@ -65,6 +77,25 @@ func showRegisters(ctx context.Context, name string, asJSON bool, w io.Writer) e
 		}
 	}
 	return nil
+}
+
+// nameSymbols says which function of gondola's own kernel each vCPU is in that is in the
+// kernel.
+func nameSymbols(ps []vmm.Processor) {
+	kernel, ok := guestkernel.Place(guestkernel.Options{})
+	if !ok {
+		return // the addresses are there
+	}
+	symbols, err := guestkernel.ReadSymbols(filepath.Join(filepath.Dir(kernel), "System.map"))
+	if err != nil {
+		return
+	}
+	for i := range ps {
+		p := &ps[i]
+		if s, ok := symbols.Find(p.RIP); ok && p.CPL == 0 {
+			p.Symbol = fmt.Sprintf("%s+%#x", s.Name, p.RIP-s.Addr)
+		}
+	}
 }
 
 // infoTimeout is how long the guest may take to tell what it sees: reading
@@ -164,8 +195,8 @@ func info(ctx context.Context, name string, asJSON, all bool, w io.Writer) error
 		switch {
 		case err == nil:
 			g = viewGuest(seen)
-		case errors.Is(err, context.DeadlineExceeded):
-			fmt.Fprintf(os.Stderr, "gondola: the guest's agent does not answer within %v\n", infoTimeout)
+		case errors.Is(ctx.Err(), context.DeadlineExceeded): // or the server says that the call was cancelled
+			fmt.Fprintf(os.Stderr, "gondola: the guest's agent does not tell within %v what it sees: it is busy, or has too much to tell\n", infoTimeout)
 		default:
 			return err
 		}

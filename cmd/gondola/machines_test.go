@@ -67,6 +67,12 @@ func (*fakeMachine) Requests() *control.Requests {
 		Carriers: []control.Carrier{{Name: "virtio-serial"}, {Name: "region", Requests: 12, Lost: 4, Waiting: 8}},
 	}
 }
+func (*fakeMachine) Processors(context.Context) ([]vmm.Processor, error) {
+	return []vmm.Processor{
+		{State: "halted", RIP: 0xffffffff81000000, RFLAGS: 0x246, Interrupts: true, Timer: "deadline, vector 236", Due: 3 * time.Millisecond},
+		{ID: 1, State: "running", CPL: 3, RFLAGS: 0x46, InService: []uint8{236, 33}, Timer: "off"},
+	}, nil
+}
 func (*fakeMachine) Stats() vmm.Stats {
 	return vmm.Stats{Exits: map[string]uint64{"KVM_EXIT_IO": 40, "KVM_EXIT_MMIO": 2}}
 }
@@ -442,6 +448,18 @@ func TestPauseResumeLogsInfo(t *testing.T) {
 	assert.Equal(t, "test agent", both.Guest.Agent)
 	assert.NotZero(t, both.Guest.Memory["total_bytes"])
 	assert.NotEmpty(t, both.Guest.Processes)
+
+	r = gondola(t, "info", "--registers", "m")
+	require.Zero(t, r.code, r.stderr)
+	for _, want := range []string{`(?m)^vCPU 0: halted, CPL 0, RIP ffffffff81000000(| \(\S+\)), .* interrupts on$`, `timer deadline, vector 236, due in 3ms`,
+		`(?m)^vCPU 1: running, CPL 3, .* interrupts off$`, `in service \[236 33\], .* timer off`} {
+		assert.Regexp(t, want, r.stdout)
+	}
+	var ps []map[string]any
+	require.NoError(t, json.Unmarshal([]byte(gondola(t, "info", "--registers", "--json", "m").stdout), &ps))
+	require.Len(t, ps, 2)
+	assert.EqualValues(t, 3_000_000, ps[0]["timer_due_ns"])
+	assert.Equal(t, 2, gondola(t, "info", "--registers", "--all", "m").code, "one or the other")
 
 	assert.Equal(t, "kernel says\n", gondola(t, "logs", "m").stdout)
 	cmd, _, errOut := command("logs", "-f", "m")

@@ -135,12 +135,21 @@ func rulesShowCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if cycle.Observation.Partial {
+				fmt.Fprintf(os.Stderr, "gondola: %s\n", seenInPart(args[0], cycle.Observation))
+			}
 			return printClasses(cmd.OutOrStdout(), cycle.Observation.Processes, asJSON)
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "machine-readable")
 	c.Flags().BoolVar(&defaults, "default", false, "print the default rules, to begin with")
 	return c
+}
+
+// seenInPart says that there may be more than what was seen.
+func seenInPart(name string, o *rules.Observation) string {
+	return fmt.Sprintf("%s: the guest is too slow to have shown more than %d processes in %v: there may be others; gondola rules apply goes on looking",
+		name, len(o.Processes), infoTimeout)
 }
 
 // lookTwice looks at a machine, and again a second later, and decides without doing.

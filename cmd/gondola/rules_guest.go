@@ -31,6 +31,8 @@ type ruledGuest struct {
 	token uint64
 	procs map[int]*proto.Process
 	conns map[string]*proto.Connection
+	// unseen: there may be processes that no look has come to yet.
+	unseen bool
 
 	before machineTimes
 	host   hostTimes
@@ -85,7 +87,7 @@ func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Dura
 	}
 	var s proto.Snapshot
 	var cost time.Duration
-	for token, looks, first := g.token, 0, false; ; token = s.Token {
+	for token, looks, first := g.token, 0, g.unseen; ; token = s.Token {
 		began := time.Now()
 		if s, err = g.c.Snapshot(ctx, proto.SnapshotRequest{Token: token, Connections: true}, item); err != nil {
 			g.token, g.procs, g.conns = 0, nil, nil // half of it is there
@@ -93,7 +95,7 @@ func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Dura
 		}
 		cost += time.Duration(s.CPUUS) * time.Microsecond
 		if s.Full { // what is left of before has ended
-			first = true
+			first, g.unseen = true, true
 			for pid := range procs {
 				if !changedProcs[pid] {
 					delete(procs, pid)
@@ -105,6 +107,7 @@ func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Dura
 				}
 			}
 		}
+		g.unseen = g.unseen && s.Partial
 		// A guest of which only a part is known yet lacks nothing: it is looked at
 		// again, as long as there is time for that.
 		if looks++; !first || !s.Partial || looks >= maxFirstLooks {
@@ -117,7 +120,7 @@ func (g *ruledGuest) Observe(ctx context.Context) (*rules.Observation, time.Dura
 	g.token, g.procs, g.conns = s.Token, procs, conns
 
 	now := time.Now()
-	o := &rules.Observation{Time: now, Boot: s.Boot, AgentPID: s.AgentPID}
+	o := &rules.Observation{Time: now, Boot: s.Boot, AgentPID: s.AgentPID, Partial: g.unseen}
 	for pid, p := range procs {
 		o.Processes = append(o.Processes, rules.Process{
 			PID: p.PID, PPID: p.PPID, Name: p.Name, Command: p.Command, UID: p.UID, User: p.User, State: p.State,

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"text/tabwriter"
 
@@ -103,6 +104,9 @@ func lookAtAll(ctx context.Context, home *control.Home) (map[string]*rules.Obser
 		defer g.Close()
 		if o, _, _, err := g.Observe(ctx); err == nil {
 			seen[at[name]] = o
+			if o.Partial {
+				fmt.Fprintf(os.Stderr, "gondola: %s\n", seenInPart(name, o))
+			}
 		}
 		return nil
 	})

@@ -16,6 +16,9 @@ type Observation struct {
 	Host        Host
 	Processes   []Process
 	Connections []Connection
+	// Partial: the guest is so slow that not all of it has been seen yet. What is missing
+	// may be there all the same.
+	Partial bool
 }
 
 // Machine is the machine as a whole.

@@ -2,6 +2,7 @@ package rules
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -264,10 +265,19 @@ func NewServices(all []Service) *Services {
 }
 
 // Step checks all services and returns what has changed. Machines that are pending, of
-// which nothing can be known yet, are neither well nor ill: nothing is said of them, nor
-// of their services as a whole.
+// which nothing can be known yet, and those that have been seen in part are neither well
+// nor ill: nothing is said of them, nor of their services as a whole.
 func (s *Services) Step(now time.Time, last map[string]*Observation, pending map[string]bool) (events []HealthEvent) {
 	s.last = nil
+	for name, o := range last {
+		if o != nil && o.Partial && !pending[name] {
+			pending = maps.Clone(pending)
+			if pending == nil {
+				pending = map[string]bool{}
+			}
+			pending[name] = true
+		}
+	}
 	seen := map[[2]string]bool{}
 	note := func(service, machine string, h Health, why string) {
 		k := [2]string{service, machine}

@@ -81,6 +81,12 @@ func TestServicesPending(t *testing.T) {
 	// One that is started anew: what is known of it and the service stays, and no event repeats.
 	assert.Empty(t, s.Step(now, map[string]*Observation{"web1": web1}, wait))
 	assert.Empty(t, s.Step(now, map[string]*Observation{"web1": web1, "web2": web1}, nil))
+	// One of which only a part has been seen lacks nothing that is known of.
+	part := seen("httpd")
+	part.Partial = true
+	assert.Empty(t, s.Step(now, map[string]*Observation{"web1": web1, "web2": part}, nil))
+	part.Partial = false
+	assert.NotEmpty(t, s.Step(now, map[string]*Observation{"web1": web1, "web2": part}, nil))
 }
 
 func TestParseServicesErrors(t *testing.T) {

@@ -19,16 +19,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
-)
 
-// symbol is a function of the kernel's.
-type symbol struct {
-	addr uint64
-	name string
-}
+	"github.com/gondola-vmm/gondola/firmware/guestkernel"
+)
 
 // count is what a function had.
 type count struct{ instructions, calls int }
@@ -44,7 +39,7 @@ func main() {
 }
 
 func run(in io.Reader, out io.Writer, kernel string, top int, calls bool) error {
-	symbols, err := readMap(filepath.Join(filepath.Dir(kernel), "System.map"))
+	symbols, err := guestkernel.ReadSymbols(filepath.Join(filepath.Dir(kernel), "System.map"))
 	if err != nil {
 		return fmt.Errorf("%w; give the path of a kernel with its System.map beside it (gondola kernel path)", err)
 	}
@@ -60,17 +55,19 @@ func run(in io.Reader, out io.Writer, kernel string, top int, calls bool) error 
 			continue
 		}
 		addr, err := strconv.ParseUint(f[1], 16, 64)
-		i := sort.Search(len(symbols), func(i int) bool { return symbols[i].addr > addr })
-		if err != nil || i == 0 {
+		if err != nil {
 			continue
 		}
-		s := symbols[i-1]
-		c := counts[s.name]
+		s, ok := symbols.Find(addr)
+		if !ok {
+			continue
+		}
+		c := counts[s.Name]
 		c.instructions++
 		total++
-		if s.addr == addr {
+		if s.Addr == addr {
 			c.calls++
-			if call, ok := strings.CutPrefix(s.name, "__x64_sys_"); ok && calls {
+			if call, ok := strings.CutPrefix(s.Name, "__x64_sys_"); ok && calls {
 				at, err := strconv.ParseFloat(strings.TrimSpace(when), 64)
 				if err != nil {
 					return fmt.Errorf("%q has no time: use perf script -F time,trace", lines.Text())
@@ -81,7 +78,7 @@ func run(in io.Reader, out io.Writer, kernel string, top int, calls bool) error 
 				fmt.Fprintf(out, "%9.4f %s\n", at-first, call)
 			}
 		}
-		counts[s.name] = c
+		counts[s.Name] = c
 	}
 	if err := lines.Err(); err != nil {
 		return err
@@ -98,22 +95,3 @@ func run(in io.Reader, out io.Writer, kernel string, top int, calls bool) error 
 }
 
 // readMap reads the functions of a System.map, by address.
-func readMap(file string) (list []symbol, err error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	for l := range strings.Lines(string(b)) {
-		f := strings.Fields(l)
-		if len(f) != 3 || !strings.Contains("tTwW", f[1]) {
-			continue
-		}
-		addr, err := strconv.ParseUint(f[0], 16, 64)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", file, err)
-		}
-		list = append(list, symbol{addr, f[2]})
-	}
-	slices.SortStableFunc(list, func(a, b symbol) int { return cmp.Compare(a.addr, b.addr) })
-	return list, nil
-}
