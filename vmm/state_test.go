@@ -299,7 +299,7 @@ func TestRestoreDeadline(t *testing.T) {
 	said := make(chan uint32, 16)
 	var armed time.Time // of the first time
 	vm := newVM(t, vmm.Config{
-		Boot: vmmtest.Assemble(t, "../testdata/guests/deadline.s"),
+		Boot: vmmtest.AssembleLong(t, "../testdata/guests/deadline.s"),
 		Devices: []vmm.Device{vmm.Ports{Name: "said", Base: 0x90, Size: 1, Handler: &ports{out: func(_ uint64, v uint32) {
 			if v == 1 {
 				armed = time.Now()
@@ -366,7 +366,7 @@ func TestRestoreDeadline(t *testing.T) {
 func TestRestoreFaults(t *testing.T) {
 	wrong := make(chan struct{}, 1)
 	vm := newVM(t, vmm.Config{
-		Boot: vmmtest.Assemble(t, "../testdata/guests/faults.s"),
+		Boot: vmmtest.AssembleLong(t, "../testdata/guests/faults.s"),
 		Devices: []vmm.Device{vmm.Ports{Name: "wrong", Base: 0x90, Size: 1, Handler: &ports{out: func(uint64, uint32) {
 			select {
 			case wrong <- struct{}{}:

@@ -5,25 +5,26 @@
 # How far ahead the deadline is, in ticks of the TSC, the host puts into memory (8 bytes
 # at AHEAD) before the guest runs.
 #
-# 32-bit protected mode, flat, loaded and entered at 0x1000.
+# 64-bit mode, identity-mapped, loaded and entered at 0x1000.
 
 	.set	AHEAD, 0x2000
 	.set	IDT, 0x3000
 	.set	APIC, 0xfee00000
 	.set	VECTOR, 0x40
+	.set	gate, IDT+VECTOR*16
 
 	.globl	_start
 _start:
 	movl	$0x8000, %esp
 	movl	$due, %eax		# an interrupt gate
-	movw	%ax, IDT+VECTOR*8
-	movw	%cs, IDT+VECTOR*8+2
-	movw	$0x8e00, IDT+VECTOR*8+4
-	shrl	$16, %eax
-	movw	%ax, IDT+VECTOR*8+6
+	movw	%ax, gate
+	movw	%cs, gate+2
+	movl	$0x8e00, gate+4
+	movq	$0, gate+8
 	lidt	idtr
-	movl	$0x1ff, APIC+0xf0	# enabled
-	movl	$(2 << 17 | VECTOR), APIC+0x320	# the timer goes by deadline
+	movl	$APIC, %ebx
+	movl	$0x1ff, 0xf0(%rbx)	# enabled
+	movl	$(2 << 17 | VECTOR), 0x320(%rbx)	# the timer goes by deadline
 	rdtsc
 	addl	AHEAD, %eax
 	adcl	AHEAD+4, %edx
@@ -37,8 +38,8 @@ _start:
 
 due:	movb	$2, %al
 	outb	%al, $0x90
-	movl	$0, APIC+0xb0		# end of interrupt
-	iretl
+	movl	$0, 0xb0(%rbx)		# end of interrupt
+	jmp	1b			# with what the interrupt has pushed left where it is
 
-idtr:	.word	0x7ff
-	.long	IDT
+idtr:	.word	0xfff
+	.quad	IDT

@@ -2,49 +2,40 @@
 # and looks in the page fault's handler whether CR2 says which. It counts faults at
 # COUNT, and tells port 0x90 (1) of an address that is another, with that at WRONG.
 #
-# 32-bit protected mode, loaded and entered at 0x1000; it switches paging on.
+# 64-bit mode, identity-mapped, loaded and entered at 0x1000.
 
 	.set	COUNT, 0x2000
 	.set	WRONG, 0x2008
 	.set	IDT, 0x3000
-	.set	PAGES, 0x4000		# the page directory
-	.set	absent, 0x40000000
+	.set	gate, IDT+14*16
 
 	.globl	_start
 _start:
 	movl	$0x8000, %esp
 	movl	$fault, %eax		# an interrupt gate
-	movw	%ax, IDT+14*8
-	movw	%cs, IDT+14*8+2
-	movw	$0x8e00, IDT+14*8+4
-	shrl	$16, %eax
-	movw	%ax, IDT+14*8+6
+	movw	%ax, gate
+	movw	%cs, gate+2
+	movl	$0x8e00, gate+4
+	movq	$0, gate+8
 	lidt	idtr
-	movl	$0x83, PAGES		# the first 4 MiB, and nothing else
-	movl	%cr4, %eax
-	orl	$0x10, %eax
-	movl	%eax, %cr4
-	movl	$PAGES, %eax
-	movl	%eax, %cr3
-	movl	%cr0, %eax
-	orl	$0x80000000, %eax
-	movl	%eax, %cr0
-	movl	$absent, %ebx
-again:	movl	(%ebx), %eax
-	addl	$0x1004, %ebx
-	orl	$absent, %ebx
+	movl	$1, %ebx
+	shlq	$40, %rbx		# nothing is mapped there
+	movq	%rbx, %rbp
+again:	movq	(%rbx), %rax
+next:	addq	$0x1008, %rbx
+	andl	$0x3fffffff, %ebx
+	orq	%rbp, %rbx
 	jmp	again
 
-fault:	movl	%cr2, %eax
-	cmpl	%eax, %ebx
+fault:	movq	%cr2, %rax
+	cmpq	%rax, %rbx
 	je	1f
-	movl	%eax, WRONG
+	movq	%rax, WRONG
 	movb	$1, %al
 	outb	%al, $0x90
 1:	incl	COUNT
-	addl	$2, 4(%esp)		# behind the instruction
-	addl	$4, %esp		# the error code
-	iretl
+	movl	$0x8000, %esp		# what the fault has pushed is of no use
+	jmp	next
 
-idtr:	.word	0x7ff
-	.long	IDT
+idtr:	.word	0xfff
+	.quad	IDT
