@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
 )
 
@@ -12,8 +11,19 @@ const (
 	labelSpec  = "fleet-spec" // fleet.Machine.Hash of what it was started with
 )
 
-// labelName is what the name of a label can be.
-var labelName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]{0,62}$`)
+// isLabelName tells what the name of a label can be. (A regular expression would be
+// compiled at each start of the program, which machines from states wait for.)
+func isLabelName(s string) bool {
+	for i, c := range []byte(s) {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', c == '_':
+		case i > 0 && ('0' <= c && c <= '9' || c == '.' || c == '-'):
+		default:
+			return false
+		}
+	}
+	return 0 < len(s) && len(s) <= 63
+}
 
 const (
 	maxLabels     = 32
@@ -27,7 +37,7 @@ func (f *runFlags) checkLabels() error {
 	}
 	for _, l := range f.labels {
 		name, value, ok := strings.Cut(l, "=")
-		if !ok || !labelName.MatchString(name) || len(value) > maxLabelValue {
+		if !ok || !isLabelName(name) || len(value) > maxLabelValue {
 			return usageError{fmt.Errorf("--label %q: want NAME=VALUE, the name of letters, digits, dots, underscores and hyphens, the value of at most %d bytes", l, maxLabelValue)}
 		}
 	}

@@ -14,7 +14,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -86,7 +85,19 @@ type Env struct {
 	Dir   string
 }
 
-var goodName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$`)
+// goodName tells what an environment may be called. (A regular expression would be
+// compiled at each start of the program.)
+func goodName(s string) bool {
+	for i, c := range []byte(s) {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case i > 0 && (c == '_' || c == '.' || c == '-'):
+		default:
+			return false
+		}
+	}
+	return 0 < len(s) && len(s) <= 63
+}
 
 // The files in an environment's directory.
 const (
@@ -113,7 +124,7 @@ rules:
 `
 
 func (s Store) env(name string) (*Env, error) {
-	if !goodName.MatchString(name) {
+	if !goodName(name) {
 		return nil, fmt.Errorf("%w: %q; letters, digits, _, . and - are allowed, 63 at most", ErrName, name)
 	}
 	return &Env{s, name, filepath.Join(s.Dir, name)}, nil
