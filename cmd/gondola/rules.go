@@ -524,11 +524,18 @@ func complain(err error) {
 // record is told of a cycle.
 func (a *applier) record(c *rules.Cycle) {
 	a.say(func(w io.Writer) error { return printCycle(w, c, a.flags.asJSON) })
-	if a.db != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), dbTimeout)
-		defer cancel()
-		complain(a.db.AddCycle(ctx, a.guests.get(c.Machine).record(c)))
+	a.keep(func(ctx context.Context) error { return a.db.AddCycle(ctx, a.guests.get(c.Machine).record(c)) })
+}
+
+// keep writes to the database, if there is one: what was done is recorded also when apply
+// is being ended.
+func (a *applier) keep(f func(context.Context) error) {
+	if a.db == nil {
+		return
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), dbTimeout)
+	defer cancel()
+	complain(f(ctx))
 }
 
 // round judges the machines together: services, work orders, old rows.
@@ -555,9 +562,9 @@ func (a *applier) round(ctx context.Context, now time.Time, last map[string]*rul
 	a.mu.Unlock()
 	for _, e := range events {
 		a.say(func(w io.Writer) error { return printHealthEvent(w, e, a.flags.asJSON) })
-		if a.db != nil {
-			complain(a.db.AddServiceState(ctx, e.Time, e.Service, e.Machine, e.Previous, e.State, e.Why))
-		}
+		a.keep(func(ctx context.Context) error {
+			return a.db.AddServiceState(ctx, e.Time, e.Service, e.Machine, e.Previous, e.State, e.Why)
+		})
 		a.tellGuests(ctx, e)
 	}
 	if !a.flags.dry && !a.flags.noOrders {
@@ -568,13 +575,14 @@ func (a *applier) round(ctx context.Context, now time.Time, last map[string]*rul
 			}
 		}
 		for _, o := range a.orders.Step(ctx, now, uses, a.allocator()) {
-			a.order(ctx, o)
+			a.order(o)
 		}
 	}
 	if a.db != nil && now.Sub(a.pruned).Abs() > time.Hour {
 		a.pruned = now
-		_, err := a.db.Prune(ctx)
-		complain(err)
+		if _, err := a.db.Prune(ctx); ctx.Err() == nil {
+			complain(err)
+		}
 	}
 }
 
@@ -607,7 +615,7 @@ func (a *applier) tellGuests(ctx context.Context, e rules.HealthEvent) {
 
 func (a *applier) allocator() rules.Allocator { return machineAllocator{a.home.Dial, schedulerRuns} }
 
-func (a *applier) order(ctx context.Context, o rules.Order) {
+func (a *applier) order(o rules.Order) {
 	a.say(func(w io.Writer) error {
 		if a.flags.asJSON {
 			return printJSONLine(w, o)
@@ -615,12 +623,12 @@ func (a *applier) order(ctx context.Context, o rules.Order) {
 		_, err := fmt.Fprintf(w, "%s %s: order for %s, %s → %s: %s, %s\n", o.Opened.Format("15:04:05"), o.Machine, o.Resource, allocationText(o.Resource, o.Before), allocationText(o.Resource, o.After), o.State, printable(o.Why))
 		return err
 	})
-	if a.db != nil {
-		complain(a.db.SetOrder(ctx, db.Order{
+	a.keep(func(ctx context.Context) error {
+		return a.db.SetOrder(ctx, db.Order{
 			Machine: o.Machine, Resource: o.Resource, State: o.State, Why: o.Why, Opened: o.Opened, Closed: o.Closed,
 			Before: o.Before, After: o.After, UseBefore: o.UseBefore, UseAfter: o.UseAfter,
-		}))
-	}
+		})
+	})
 }
 
 // allocationText is an allocation in its unit.
@@ -636,7 +644,7 @@ func (a *applier) end(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, allocationWait)
 	defer cancel()
 	if o, ok := a.orders.Undo(ctx, time.Now(), a.allocator()); ok {
-		a.order(ctx, o)
+		a.order(o)
 	}
 }
 
