@@ -119,7 +119,6 @@ func TestSchedWithGuests(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		assert.Equal(t, groups[m.Name], group(m.PID), "its keeper has put %s back", m.Name)
-		assert.NoDirExists(t, filepath.Join("/sys/fs/cgroup/gondola-test", m.Name))
 	}
 	for time.Now().Before(deadline) {
 		if _, err := os.Stat(filepath.Join(dir, journalFile)); err != nil {
@@ -127,5 +126,8 @@ func TestSchedWithGuests(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	assert.NoFileExists(t, filepath.Join(dir, journalFile))
+	assert.NoFileExists(t, filepath.Join(dir, journalFile), "the keeper is done")
+	for _, m := range list {
+		assert.NoDirExists(t, filepath.Join("/sys/fs/cgroup/gondola-test", m.Name))
+	}
 }
