@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"testing"
@@ -227,6 +228,74 @@ func TestRestartOfEitherSide(t *testing.T) {
 
 // The host's clock is the one of the moment, not of when the host began to wait
 // for its guest.
+// lateReader reads so much, and then nothing until a write has failed.
+type lateReader struct {
+	io.ReadWriteCloser
+	left   int
+	failed chan struct{}
+	once   sync.Once
+}
+
+func (l *lateReader) Read(p []byte) (int, error) {
+	if l.left <= 0 {
+		<-l.failed
+		return l.ReadWriteCloser.Read(p)
+	}
+	n, err := l.ReadWriteCloser.Read(p[:min(len(p), l.left)])
+	l.left -= n
+	return n, err
+}
+
+func (l *lateReader) Write(p []byte) (int, error) {
+	n, err := l.ReadWriteCloser.Write(p)
+	if err != nil {
+		l.once.Do(func() { close(l.failed) })
+	}
+	return n, err
+}
+
+// What the other side said before it hung up arrives, also when that is noticed first by
+// a write: of the credit for more, say.
+func TestLastWords(t *testing.T) {
+	ctx := testContext(t)
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	require.NoError(t, err)
+	defer l.Close()
+	said := bytes.Repeat([]byte("last words "), Window/11)
+	go func() {
+		nc, err := l.Accept()
+		if !assert.NoError(t, err) {
+			return
+		}
+		var c *Conn
+		c = NewConn(nc, Config{Handlers: map[string]func(*Call){"say": func(call *Call) {
+			_, err := call.Sender(1).Write(said)
+			assert.NoError(t, err)
+			assert.NoError(t, call.Reply("said"))
+			assert.NoError(t, c.Flush())
+			assert.NoError(t, c.Close())
+		}}})
+		_ = c.Run() // how it ends, depends on what is under way
+	}()
+	nc, err := net.Dial("unix", l.Addr().String())
+	require.NoError(t, err)
+	late := &lateReader{ReadWriteCloser: nc, left: Window * 7 / 8, failed: make(chan struct{})}
+	c := start(t, NewConn(late, Config{}))
+	p, err := c.Start(ctx, "say", nil)
+	require.NoError(t, err)
+	time.Sleep(100 * time.Millisecond) // until the other side has gone
+	heard, err := io.ReadAll(p.Receiver(1))
+	if err != nil {
+		require.ErrorIs(t, err, ErrClosed)
+	}
+	assert.Equal(t, len(said), len(heard))
+	select {
+	case <-late.failed:
+	default:
+		t.Fatal("the write did not fail: this tests nothing")
+	}
+}
+
 func TestHelloTellsTheTime(t *testing.T) {
 	x, y := net.Pipe()
 	began := make(chan Hello, 2)

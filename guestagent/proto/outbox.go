@@ -4,6 +4,8 @@ import (
 	"errors"
 	"io"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // Limits of what waits to be written. Data waits at the lower one, everything
@@ -25,6 +27,7 @@ type outbox struct {
 	bytes  int
 	purges uint64
 	err    error
+	deaf   bool // the other side reads no more: what is sent goes nowhere
 	idle   bool // the writer has written all it took
 	// onBreak is called when what was written last is lost (ErrBreak).
 	onBreak func()
@@ -67,7 +70,7 @@ func (o *outbox) put(frame []byte, mark int) error {
 	for o.bytes > mark && o.err == nil {
 		o.room.Wait()
 	}
-	if o.err != nil {
+	if o.err != nil || o.deaf {
 		return o.err
 	}
 	o.frames = append(o.frames, frame)
@@ -89,6 +92,9 @@ func (o *outbox) putData(frame []byte, purges uint64, mark int) error {
 	}
 	if o.purges != purges {
 		return ErrReset
+	}
+	if o.deaf {
+		return nil
 	}
 	o.frames = append(o.frames, frame)
 	o.bytes += len(frame)
@@ -122,13 +128,18 @@ func (o *outbox) close(err error) {
 func (o *outbox) flush() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for (len(o.frames) > 0 || !o.idle) && o.err == nil {
+	for (len(o.frames) > 0 || !o.idle) && o.err == nil && !o.deaf {
 		o.room.Wait()
+	}
+	if o.err == nil && o.deaf {
+		return unix.EPIPE
 	}
 	return o.err
 }
 
-// run writes until close or a write error, which it returns.
+// run writes until close or a write error, which it returns. After EPIPE, what is sent
+// is dropped: the other side has closed its end, and what it said before that may still
+// have to be read.
 func (o *outbox) run(w io.Writer) error {
 	var batch []byte
 	o.mu.Lock()
@@ -169,7 +180,11 @@ func (o *outbox) run(w io.Writer) error {
 			o.free = append(o.free, first[:0])
 		}
 		if err != nil {
-			if o.err == nil {
+			if errors.Is(err, unix.EPIPE) {
+				o.deaf = true
+				clear(o.frames)
+				o.frames, o.bytes = nil, 0
+			} else if o.err == nil {
 				o.err = err
 			}
 			o.room.Broadcast()
