@@ -267,7 +267,17 @@ func removeWarm(dir string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}
-	return errors.Join(err, os.RemoveAll(gone))
+	// Those who have it open may still write to it, a file each: that they have read it
+	// all (store.Store.VerifyOnce), or a part of a state.
+	gerr := os.RemoveAll(gone)
+	for range 10 {
+		if !errors.Is(gerr, unix.ENOTEMPTY) {
+			break
+		}
+		time.Sleep(time.Millisecond)
+		gerr = os.RemoveAll(gone)
+	}
+	return errors.Join(err, gerr)
 }
 
 // keep saves the state of a machine whose agent has just answered, if there is none
