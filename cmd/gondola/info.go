@@ -31,8 +31,9 @@ sees: memory, load, processes and network connections. While the agent does not
 answer, only the former.
 
 With --registers, what each vCPU is doing, by KVM: registers, the function of
-gondola's guest kernel that it is in, interrupts that wait or are served, the timer. That is for a guest which stands still: the machine is
-paused for a moment, and the guest is not asked.`,
+gondola's guest kernel that it is in, interrupts that wait or are served, the
+timer. That is for a guest which stands still: the machine is paused for a moment,
+and the guest is not asked.`,
 		Args:              oneMachine,
 		ValidArgsFunction: completeMachine,
 		RunE: func(cmd *cobra.Command, args []string) error {
