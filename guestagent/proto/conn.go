@@ -9,8 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Errors of a connection.
@@ -133,11 +131,8 @@ func (c *Conn) Run() error {
 	wrote := make(chan error, 1)
 	go func() {
 		err := c.out.run(c.rw)
-		// A transport that takes no more is of no use for reading, but for what was
-		// said before the other side closed its end: reading finds that end itself.
-		if !errors.Is(err, unix.EPIPE) {
-			c.rw.Close()
-		}
+		// A transport that takes no more is of no use for reading.
+		c.rw.Close()
 		wrote <- err
 	}()
 	c.mu.Lock()
@@ -152,7 +147,7 @@ func (c *Conn) Run() error {
 	c.mu.Unlock()
 	c.shut(fmt.Errorf("%w: %w", ErrClosed, err))
 	c.rw.Close() // also releases a write that nobody takes
-	if werr := <-wrote; !errors.Is(werr, ErrClosed) && !errors.Is(werr, unix.EPIPE) && !errors.Is(err, io.EOF) {
+	if werr := <-wrote; !errors.Is(werr, ErrClosed) && !errors.Is(err, io.EOF) {
 		err = werr // it ended the reading
 	}
 	c.handlers.Wait()

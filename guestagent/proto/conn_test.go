@@ -226,8 +226,6 @@ func TestRestartOfEitherSide(t *testing.T) {
 	assert.EqualValues(t, 1, second.Stats().Sessions)
 }
 
-// The host's clock is the one of the moment, not of when the host began to wait
-// for its guest.
 // lateReader reads so much, and then nothing until a write has failed.
 type lateReader struct {
 	io.ReadWriteCloser
@@ -296,6 +294,8 @@ func TestLastWords(t *testing.T) {
 	}
 }
 
+// The host's clock is the one of the moment, not of when the host began to wait
+// for its guest.
 func TestHelloTellsTheTime(t *testing.T) {
 	x, y := net.Pipe()
 	began := make(chan Hello, 2)

@@ -1,6 +1,7 @@
 package proto
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"sync"
@@ -27,8 +28,8 @@ type outbox struct {
 	bytes  int
 	purges uint64
 	err    error
-	deaf   bool // the other side reads no more: what is sent goes nowhere
-	idle   bool // the writer has written all it took
+	lost   error // EPIPE: what is sent goes nowhere
+	idle   bool  // the writer has written all it took
 	// onBreak is called when what was written last is lost (ErrBreak).
 	onBreak func()
 	free    [][]byte
@@ -70,7 +71,7 @@ func (o *outbox) put(frame []byte, mark int) error {
 	for o.bytes > mark && o.err == nil {
 		o.room.Wait()
 	}
-	if o.err != nil || o.deaf {
+	if o.err != nil {
 		return o.err
 	}
 	o.frames = append(o.frames, frame)
@@ -92,9 +93,6 @@ func (o *outbox) putData(frame []byte, purges uint64, mark int) error {
 	}
 	if o.purges != purges {
 		return ErrReset
-	}
-	if o.deaf {
-		return nil
 	}
 	o.frames = append(o.frames, frame)
 	o.bytes += len(frame)
@@ -128,18 +126,15 @@ func (o *outbox) close(err error) {
 func (o *outbox) flush() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for (len(o.frames) > 0 || !o.idle) && o.err == nil && !o.deaf {
+	for (len(o.frames) > 0 || !o.idle) && o.err == nil {
 		o.room.Wait()
 	}
-	if o.err == nil && o.deaf {
-		return unix.EPIPE
-	}
-	return o.err
+	return cmp.Or(o.err, o.lost)
 }
 
-// run writes until close or a write error, which it returns. After EPIPE, what is sent
-// is dropped: the other side has closed its end, and what it said before that may still
-// have to be read.
+// run writes until close or a write error, which it returns. EPIPE is none: the other
+// side has closed its end, and what it said before that may still have to be read, so
+// that from then on what is sent is dropped.
 func (o *outbox) run(w io.Writer) error {
 	var batch []byte
 	o.mu.Lock()
@@ -176,15 +171,14 @@ func (o *outbox) run(w io.Writer) error {
 			err = nil
 		}
 		o.mu.Lock()
+		if errors.Is(err, unix.EPIPE) {
+			w, o.lost, err = io.Discard, err, nil
+		}
 		if cap(first) == keepSize && len(o.free) < keepFrames {
 			o.free = append(o.free, first[:0])
 		}
 		if err != nil {
-			if errors.Is(err, unix.EPIPE) {
-				o.deaf = true
-				clear(o.frames)
-				o.frames, o.bytes = nil, 0
-			} else if o.err == nil {
+			if o.err == nil {
 				o.err = err
 			}
 			o.room.Broadcast()
