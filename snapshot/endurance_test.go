@@ -133,7 +133,7 @@ func TestLinuxEndurance(t *testing.T) {
 	for i := range rounds {
 		ctx := vmmtest.Context(t)
 		name := fmt.Sprint("round", i)
-		_, _, err := m.Save(ctx, snapshot.SaveOptions{Name: name, Taken: func() { copyMemory(t, g.VM().Memory(), saved) }})
+		_, _, err := m.Save(ctx, snapshot.SaveOptions{Name: name, Taken: func() { assert.NoError(t, vmmtest.ReadMemory(g.VM().Memory(), saved)) }})
 		require.NoError(t, err)
 		g.Sh(t, "echo gone >/tmp/gone; rm -f /tmp/a.last")
 		_, _, err = m.Restore(ctx, name)
@@ -159,13 +159,6 @@ cat a; dmesg | grep -i -e 'bug:' -e 'oops' -e 'call trace' -e 'kernel panic' || 
 	require.NoError(t, g.Shutdown(vmmtest.Context(t)))
 }
 
-// copyMemory copies a frozen machine's memory to b.
-func copyMemory(t *testing.T, m *mem.Memory, b []byte) {
-	for _, r := range m.Regions() {
-		assert.NoError(t, m.ReadAt(b[r.Offset:][:r.Size], r.Start))
-	}
-}
-
 // kvmWrites is how many bytes of a page KVM itself may write when a state is loaded:
 // the time of day, where the guest wants it (MSR_KVM_WALL_CLOCK_NEW).
 const kvmWrites = 16
@@ -173,7 +166,7 @@ const kvmWrites = 16
 // compare finds out whether the memory of a frozen machine is what it was.
 func compare(t *testing.T, m *mem.Memory, was []byte) {
 	now := make([]byte, len(was))
-	copyMemory(t, m, now)
+	assert.NoError(t, vmmtest.ReadMemory(m, now))
 	for p := 0; p < len(now); p += mem.PageSize {
 		a, b := was[p:p+mem.PageSize], now[p:p+mem.PageSize]
 		if bytes.Equal(a, b) {

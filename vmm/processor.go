@@ -149,8 +149,8 @@ func (c *vcpu) describe(p *Processor) error {
 		return nil
 	}
 	m := []kvm.MSR{{Index: msrTSCDeadline}, {Index: msrTSC}}
-	if n, err := c.k.GetMSRs(m); err != nil || n != len(m) {
-		return errors.Join(err, fmt.Errorf("the host gives %d of %d MSRs", n, len(m)))
+	if err := c.getMSRs(m); err != nil {
+		return err
 	}
 	switch deadline, now := m[0].Data, m[1].Data; {
 	case deadline == 0:

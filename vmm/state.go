@@ -372,11 +372,7 @@ func (c *vcpu) save(s *vcpuState) error {
 	for i, index := range c.vm.msrs {
 		m[i].Index = index
 	}
-	n, err := c.k.GetMSRs(m)
-	if err == nil && n != len(m) {
-		err = fmt.Errorf("the host does not give MSR %#x any more", m[n].Index)
-	}
-	if err != nil {
+	if err := c.getMSRs(m); err != nil {
 		return err
 	}
 	for i := range m {
@@ -488,39 +484,50 @@ func (c *vcpu) load(l *cpuLoad) error {
 	return nil
 }
 
+// getMSRs reads all of m; one that the host does not give is an error.
+func (c *vcpu) getMSRs(m []kvm.MSR) error {
+	n, err := c.k.GetMSRs(m)
+	if err == nil && n != len(m) {
+		err = fmt.Errorf("the host does not give MSR %#x any more", m[n].Index)
+	}
+	return err
+}
+
+// setMSRs writes all of m; one that the host refuses is an error.
+func (c *vcpu) setMSRs(m []kvm.MSR) error {
+	n, err := c.k.SetMSRs(m)
+	if err == nil && n != len(m) {
+		err = fmt.Errorf("the host refuses %#x for MSR %#x", m[n].Data, m[n].Index)
+	}
+	return err
+}
+
 // loadMSRs writes MSRs as findMSRs has ordered them.
 func (c *vcpu) loadMSRs(msrs []kvm.MSR) error {
-	set := func(msrs []kvm.MSR) error {
-		n, err := c.k.SetMSRs(msrs)
-		if err == nil && n != len(msrs) {
-			err = fmt.Errorf("the host refuses %#x for MSR %#x", msrs[n].Data, msrs[n].Index)
-		}
-		return err
-	}
 	last := len(msrs) - 1
 	if last < 1 || msrs[0].Index != msrTSC || msrs[last].Index != msrTSCDeadline || msrs[last].Data == 0 {
-		return set(msrs)
+		return c.setMSRs(msrs)
 	}
 	// The guest's TSC need not be the state's: a PVM host's cannot be set, and KVM takes
 	// a value that is less than a second off for an attempt to synchronise vCPUs. A
 	// deadline of another time would be over at once, or come in days.
-	if err := set(msrs[:last]); err != nil {
+	if err := c.setMSRs(msrs[:last]); err != nil {
 		return err
 	}
 	now := []kvm.MSR{{Index: msrTSC}}
-	if n, err := c.k.GetMSRs(now); err != nil || n != 1 {
-		return errors.Join(err, errors.New("the host does not give its TSC"))
+	if err := c.getMSRs(now); err != nil {
+		return err
 	}
-	return set([]kvm.MSR{{Index: msrTSCDeadline, Data: movedDeadline(msrs[last].Data, msrs[0].Data, now[0].Data)}})
+	return c.setMSRs([]kvm.MSR{{Index: msrTSCDeadline, Data: movedDeadline(msrs[last].Data, msrs[0].Data, now[0].Data)}})
 }
 
 // movedDeadline is a deadline of when the TSC was at then, for one that is at now: as far
 // ahead as it was. One that had passed has passed, one at the end of time stays there.
 func movedDeadline(deadline, then, now uint64) uint64 {
-	left := deadline - then
 	if deadline <= then {
 		return min(deadline, now)
 	}
+	left := deadline - then
 	if now+left < now {
 		return ^uint64(0)
 	}

@@ -19,12 +19,6 @@ import (
 	"github.com/gondola-vmm/gondola/vmm/vmmtest"
 )
 
-func regions(f *vmm.Frozen, each func(r mem.Region)) {
-	for _, r := range f.Memory().Regions() {
-		each(r)
-	}
-}
-
 // copyOf is a state with a copy of memory, and how tests put machines back.
 type copyOf struct{ *vmmtest.Copy }
 
@@ -38,7 +32,7 @@ func capture(t testing.TB, f *vmm.Frozen) *copyOf {
 // same tells whether memory is that of the copy.
 func (c *copyOf) same(t testing.TB, f *vmm.Frozen) {
 	now := make([]byte, len(c.Pages))
-	regions(f, func(r mem.Region) { require.NoError(t, f.Memory().ReadAt(now[r.Offset:][:r.Size], r.Start)) })
+	require.NoError(t, vmmtest.ReadMemory(f.Memory(), now))
 	for p := 0; p < len(now); p += mem.PageSize {
 		if string(now[p:p+mem.PageSize]) != string(c.Pages[p:p+mem.PageSize]) {
 			t.Errorf("the page at offset %#x differs", p)
@@ -361,8 +355,8 @@ func TestRestoreDeadline(t *testing.T) {
 }
 
 // A page fault that is on its way into the guest when the machine is saved has its
-// address in the state. Where KVM delivers faults itself (on PVM hosts and without nested
-// paging), it is not in CR2 yet then.
+// address in the state. Such a one there is only where KVM delivers faults itself: on PVM
+// hosts and without nested paging.
 func TestRestoreFaults(t *testing.T) {
 	wrong := make(chan struct{}, 1)
 	vm := newVM(t, vmm.Config{

@@ -269,15 +269,14 @@ func removeWarm(dir string) error {
 	}
 	// Those who have it open may still write to it, a file each: that they have read it
 	// all (store.Store.VerifyOnce), or a part of a state.
-	gerr := os.RemoveAll(gone)
 	for range 10 {
+		gerr := os.RemoveAll(gone)
 		if !errors.Is(gerr, unix.ENOTEMPTY) {
-			break
+			return errors.Join(err, gerr)
 		}
 		time.Sleep(time.Millisecond)
-		gerr = os.RemoveAll(gone)
 	}
-	return errors.Join(err, gerr)
+	return errors.Join(err, os.RemoveAll(gone))
 }
 
 // keep saves the state of a machine whose agent has just answered, if there is none

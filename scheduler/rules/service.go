@@ -269,13 +269,11 @@ func NewServices(all []Service) *Services {
 // nor ill: nothing is said of them, nor of their services as a whole.
 func (s *Services) Step(now time.Time, last map[string]*Observation, pending map[string]bool) (events []HealthEvent) {
 	s.last = nil
+	waiting := map[string]bool{}
+	maps.Copy(waiting, pending)
 	for name, o := range last {
-		if o != nil && o.Partial && !pending[name] {
-			pending = maps.Clone(pending)
-			if pending == nil {
-				pending = map[string]bool{}
-			}
-			pending[name] = true
+		if o != nil && o.Partial {
+			waiting[name] = true
 		}
 	}
 	seen := map[[2]string]bool{}
@@ -294,10 +292,10 @@ func (s *Services) Step(now time.Time, last map[string]*Observation, pending map
 	}
 	for i := range s.all {
 		h := s.all[i].Check(last)
-		h.Machines = slices.DeleteFunc(h.Machines, func(m MachineHealth) bool { return pending[m.Machine] })
+		h.Machines = slices.DeleteFunc(h.Machines, func(m MachineHealth) bool { return waiting[m.Machine] })
 		s.last = append(s.last, h)
 		waits := false
-		for name := range pending {
+		for name := range waiting {
 			if s.all[i].has(name) {
 				waits = true
 				seen[[2]string{h.Service, name}] = true // what was known stays

@@ -14,6 +14,16 @@ type Copy struct {
 	Pages    []byte // as in the backing file
 }
 
+// ReadMemory copies all of a frozen machine's memory to b, as in the backing file.
+func ReadMemory(m *mem.Memory, b []byte) error {
+	for _, r := range m.Regions() {
+		if err := m.ReadAt(b[r.Offset:][:r.Size], r.Start); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Capture copies a frozen machine and begins to note what changes.
 func Capture(f *vmm.Frozen) (*Copy, error) {
 	st, err := f.Save()

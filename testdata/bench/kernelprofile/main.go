@@ -93,5 +93,3 @@ func run(in io.Reader, out io.Writer, kernel string, top int, calls bool) error 
 	}
 	return nil
 }
-
-// readMap reads the functions of a System.map, by address.

@@ -83,8 +83,8 @@ cost)
 		$g rules apply --every 1s --machine web --no-orders >/dev/null & rules=$!
 		for i in $(seq 60); do # until there are ten cycles with all of them
 			sleep 5
-			had=$($g db query --json "SELECT count(*) AS n FROM cycles WHERE time_ms > $from AND processes > $n" 2>/dev/null | tr -dc 0-9)
-			[ "${had:-0}" -lt 11 ] || break
+			seen=$($g db query --json "SELECT count(*) AS n FROM cycles WHERE time_ms > $from AND processes > $n" 2>/dev/null | tr -dc 0-9)
+			[ "${seen:-0}" -lt 11 ] || break
 		done
 		kill -INT $rules; wait $rules || true
 		$g db query "SELECT $n AS crowd, max(processes) AS processes, count(*) AS cycles, max(guest_us) AS first_us, min(guest_us) AS least_us,
