@@ -38,6 +38,17 @@ func ext4(t *testing.T, path string, size uint64) {
 	require.NoError(t, err, "mke2fs, of e2fsprogs: %s", out)
 }
 
+// unmount is a shell function that unmounts what only programs hold that are about to
+// end: what a killed shell had started outlives it for a moment.
+const unmount = `unmount() {
+	i=0
+	until umount $1 2>/tmp/busy; do
+		i=$((i+1)); [ $i -lt 100 ] || { cat /tmp/busy; exit 1; }
+		sleep 0.1
+	done
+}
+`
+
 // A machine's state has its disks: a mounted file system goes back with the machine,
 // on two branches, while a program writes to it, and in another machine. Layers go
 // with their states.
@@ -93,7 +104,7 @@ func TestLinuxDisks(t *testing.T) {
 		assert.Equal(t, third, g.Sh(t, read))
 	}
 	restore("one")
-	g.Sh(t, "kill $(cat /tmp/pid); umount /a; umount /b; sync; echo checked")
+	g.Sh(t, unmount+"kill $(cat /tmp/pid); unmount /a; unmount /b; sync")
 	require.NoError(t, m.Close())
 	require.NoError(t, g.Close())
 
@@ -191,7 +202,6 @@ echo $! >/tmp/pid`)
 	}
 	t.Logf("rounds at each save: %v", saved)
 	assert.Greater(t, slices.Max(slices.Collect(maps.Values(saved))), 4, "it went on from states")
-	// What the killed shell had started may need a moment to end.
-	g.Sh(t, "test ! -e /tmp/bad; kill $(cat /tmp/pid); i=0; until umount /a 2>/tmp/busy; do i=$((i+1)); [ $i -lt 100 ] || { cat /tmp/busy; exit 1; }; sleep 0.1; done; ! dmesg | grep -i 'ext4.*error'")
+	g.Sh(t, unmount+"test ! -e /tmp/bad; kill $(cat /tmp/pid); unmount /a; ! dmesg | grep -i 'ext4.*error'")
 	require.NoError(t, m.Close())
 }
