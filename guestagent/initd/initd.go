@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -59,6 +58,8 @@ type initd struct {
 
 	greeted    bool   // a first session has begun
 	generation []byte // of the last session
+	told       note   // of the generation
+	urandom    int    // /dev/urandom; 0: not open yet
 	ending     atomic.Bool
 }
 
@@ -73,7 +74,7 @@ func Run(software string) {
 		_ = syscall.Symlink(l[0], l[1]) // there already, with a /dev of somebody else
 	}
 	console()
-	d := &initd{conf: configure()}
+	d := &initd{conf: configure(), told: note{path: generationFile}}
 	d.reaper = &agent.Reaper{All: true, TimerSlack: d.conf.TimerSlack}
 	d.agent = agent.New(agent.Config{
 		Env: d.conf.Env, Applets: d.conf.Applets, FullArgv0: d.conf.FullArgv0, Shell: d.conf.Shell, Reaper: d.reaper, Software: software,
@@ -224,7 +225,7 @@ func (d *initd) greet(h proto.Hello) {
 	restored := d.greeted && len(d.generation) > 0 && len(h.Generation) > 0 && !bytes.Equal(h.Generation, d.generation)
 	d.greeted = true
 	if n := len(h.Seed); n > 0 && n <= 512 {
-		if err := addEntropy(h.Seed, restored); err != nil {
+		if err := d.addEntropy(h.Seed, restored); err != nil {
 			logf("entropy: %v", err)
 		}
 	}
@@ -253,60 +254,34 @@ func (d *initd) greet(h proto.Hello) {
 		return
 	}
 	d.generation = bytes.Clone(h.Generation)
-	if err := d.tellGeneration(); err != nil {
+	if err := d.told.write(hex.EncodeToString(d.generation) + "\n"); err != nil {
 		logf("generation: %v", err)
 	}
 }
 
-// tellGeneration writes the generation's file, wholly or not at all. Package os would
-// make three times as many system calls, in what each start from a state waits for.
-func (d *initd) tellGeneration() error {
-	const tmp = generationFile + ".new"
-	const flags = syscall.O_WRONLY | syscall.O_CREAT | syscall.O_TRUNC | syscall.O_CLOEXEC
-	fd, err := syscall.Open(tmp, flags, 0o444)
-	if errors.Is(err, syscall.ENOENT) {
-		if err := os.MkdirAll(filepath.Dir(tmp), 0o755); err != nil {
-			return err
-		}
-		fd, err = syscall.Open(tmp, flags, 0o444)
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", tmp, err)
-	}
-	_, err = syscall.Write(fd, []byte(hex.EncodeToString(d.generation)+"\n"))
-	if cerr := syscall.Close(fd); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = syscall.Rename(tmp, generationFile)
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", generationFile, err)
-	}
-	return nil
-}
-
 // addEntropy credits the seed to the kernel's pool; with now, the kernel's generator
 // is seeded from it at once, not when its time has come (random(4)).
-func addEntropy(seed []byte, now bool) error {
-	fd, err := syscall.Open("/dev/urandom", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		return err
+func (d *initd) addEntropy(seed []byte, now bool) error {
+	if d.urandom == 0 { // it stays open, too
+		fd, err := syscall.Open("/dev/urandom", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		d.urandom = fd
 	}
-	defer syscall.Close(fd)
 	var info struct {
 		bits, size int32
 		buf        [512]byte
 	}
 	info.bits, info.size = int32(8*len(seed)), int32(len(seed))
 	copy(info.buf[:], seed)
-	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info)))
+	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(d.urandom), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info)))
 	if errno != 0 {
 		return errno
 	}
 	const reseed = 0x5207 // RNDRESEEDCRNG, linux/random.h
 	if now {
-		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), reseed, 0); errno != 0 {
+		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(d.urandom), reseed, 0); errno != 0 {
 			return errno
 		}
 	}

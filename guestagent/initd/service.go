@@ -23,7 +23,7 @@ import (
 func Service(port, software string) error {
 	// The host's greeting is for a guest that has its clock and its name, unless it is
 	// a copy or was put back to a state.
-	d := &initd{conf: initconf.Config{Port: port}, greeted: true}
+	d := &initd{conf: initconf.Config{Port: port}, greeted: true, told: note{path: generationFile}}
 	if b, err := os.ReadFile(generationFile); err == nil {
 		d.generation, _ = hex.DecodeString(strings.TrimSpace(string(b)))
 	}

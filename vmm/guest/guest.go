@@ -600,7 +600,9 @@ func (g *Guest) Ready(ctx context.Context) error {
 		return fmt.Errorf("%w: %w%s", ErrNoAgent, err, g.log.excerpt())
 	}
 	g.hello = hello
-	g.times.Boot = time.Since(begin)
+	if g.times.Boot == 0 { // whoever asks again has not waited for the boot
+		g.times.Boot = time.Since(begin)
+	}
 	return nil
 }
 
