@@ -198,11 +198,11 @@ func (p *published) vsockPath(name string) string {
 }
 
 // attach connects the machine when it runs.
-func (p *published) attach(g *guest.Guest, cfg guest.Config, r *requests) {
+func (p *published) attach(g *guest.Guest, cfg guest.Config, r *requests, free <-chan struct{}) {
 	if p != nil {
 		p.states.attach(g, cfg.Shape())
 		p.events.requests.Store(r)
-		p.server.Attach(controlled{g, r, p.weigher, cfg.Name})
+		p.server.Attach(controlled{g, r, p.weigher, cfg.Name, free})
 	}
 }
 
@@ -222,8 +222,10 @@ type controlled struct {
 	requests *requests
 	weigher  weigher // nil: the machine has its process for itself
 	name     string
+	free     <-chan struct{}
 }
 
+func (c controlled) Free() <-chan struct{}           { return c.free }
 func (c controlled) Pause(ctx context.Context) error { return c.VM().Pause(ctx) }
 func (c controlled) Resume() error                   { return c.VM().Resume() }
 func (c controlled) Stop()                           { c.VM().Stop() }

@@ -109,7 +109,7 @@ func managed(ctx context.Context, t testing.TB, cfg guest.Config, p control.Poli
 	g, err := guest.Start(ctx, cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, g.Close()) })
-	pub.attach(g, cfg, nil)
+	pub.attach(g, cfg, nil, nil)
 	require.NoError(t, g.Ready(ctx))
 	require.Equal(t, result{}, guestScript(ctx, t, g, script))
 	return g

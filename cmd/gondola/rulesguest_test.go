@@ -45,7 +45,7 @@ func TestRulesWithGuest(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, g.Close()) })
 	require.NoError(t, requests.attach(g))
-	pub.attach(g, cfg, requests)
+	pub.attach(g, cfg, requests, nil)
 	require.NoError(t, g.Ready(ctx))
 	c, err := dial(ctx, "m")
 	require.NoError(t, err)

@@ -405,7 +405,7 @@ func (f *runFlags) start(ctx context.Context, cfg *guest.Config, from *origin, p
 	if err := m.requests.attach(m.guest); err != nil {
 		return nil, err
 	}
-	m.pub.attach(m.guest, *cfg, m.requests)
+	m.pub.attach(m.guest, *cfg, m.requests, m.warm.others())
 	return m, nil
 }
 

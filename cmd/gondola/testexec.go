@@ -317,7 +317,7 @@ func (f *testExecFlags) inFresh(ctx context.Context, t testRun, copies []initram
 	if err := r.attach(g); err != nil {
 		return err
 	}
-	pub.attach(g, cfg, r)
+	pub.attach(g, cfg, r, nil)
 	if err := g.Ready(ctx); err != nil {
 		return err
 	}

@@ -131,8 +131,19 @@ type warm struct {
 	state  *store.State  // to start from; nil: there is none, so this start's is kept
 	keyed  time.Duration // that finding the key took
 	looked time.Duration // that finding and checking the state took
+	free   chan struct{} // closed when the guest is everybody's
 	saving sync.WaitGroup
 	cancel context.CancelFunc
+}
+
+// others is closed when others than who started the machine may do something in its
+// guest: what they did before its state is taken would be in each that starts from it.
+// nil: at once.
+func (w *warm) others() <-chan struct{} {
+	if w == nil || w.state != nil || w.store == nil {
+		return nil
+	}
+	return w.free
 }
 
 // lookedFor says for people what the search for a kept state took.
@@ -196,7 +207,7 @@ func openWarm(ctx context.Context, cfg guest.Config) (*warm, error) {
 	if err := os.MkdirAll(parent, 0o700); err != nil {
 		return nil, err
 	}
-	w := &warm{dir: filepath.Join(parent, key), text: text, shape: cfg.Shape(), cancel: func() {}, keyed: time.Since(begin)}
+	w := &warm{dir: filepath.Join(parent, key), text: text, shape: cfg.Shape(), free: make(chan struct{}), cancel: func() {}, keyed: time.Since(begin)}
 	defer func() { w.looked = time.Since(begin) - w.keyed }()
 	if w.store, err = store.Open(w.dir, store.Options{Buffer: saveBuffer}); err != nil {
 		return nil, err
@@ -287,8 +298,7 @@ func (w *warm) keep(ctx context.Context, g *guest.Guest) {
 		return
 	}
 	ctx, w.cancel = context.WithCancel(ctx)
-	taken := make(chan struct{})
-	once := sync.OnceFunc(func() { close(taken) })
+	once := sync.OnceFunc(func() { close(w.free) })
 	w.saving.Go(func() {
 		defer once()
 		err := w.save(ctx, g, once)
@@ -296,7 +306,7 @@ func (w *warm) keep(ctx context.Context, g *guest.Guest) {
 			fmt.Fprintf(os.Stderr, "gondola: this machine's state after its boot is not kept: %v\n", err)
 		}
 	})
-	<-taken
+	<-w.free
 }
 
 const (

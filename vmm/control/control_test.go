@@ -47,6 +47,7 @@ type fake struct {
 	once     sync.Once
 	done     chan struct{}
 	obeys    bool // powers off when asked
+	free     chan struct{}
 }
 
 func (f *fake) note(s string) {
@@ -73,6 +74,7 @@ func (f *fake) Stats() vmm.Stats {
 	return vmm.Stats{Exits: map[string]uint64{"KVM_EXIT_IO": 3}}
 }
 func (f *fake) Done() <-chan struct{} { return f.done }
+func (f *fake) Free() <-chan struct{} { return f.free }
 func (f *fake) Requests() *Requests {
 	return &Requests{Performed: 9, Denied: 2, Carriers: []Carrier{{Name: "region", Requests: 9, Lost: 1}}}
 }
@@ -480,6 +482,47 @@ func TestAgentOperations(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, "test agent", info.Agent)
 	assert.NotEmpty(t, info.Processes)
+}
+
+// What is asked of a guest that is not everybody's yet waits, is given up by who does not
+// want to wait, and fails when the machine ends.
+func TestGuestIsKept(t *testing.T) {
+	h := testHome(t)
+	f := newFake(t, &agent.Config{})
+	f.free = make(chan struct{})
+	running(t, h, "m", f, Config{})
+	ctx := testContext(t)
+	c := dial(t, h, "m")
+	file := filepath.Join(t.TempDir(), "done")
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.Exec(ctx, sh("echo >"+file))
+		done <- err
+	}()
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	_, err := c.Exec(short, sh("echo >"+file+".short"))
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	info, err := c.Machine(ctx)
+	require.NoError(t, err)
+	assert.Equal(t, StateRunning, info.State, "what is not asked of the guest does not wait")
+	assert.NoFileExists(t, file)
+	close(f.free)
+	require.NoError(t, <-done)
+	assert.FileExists(t, file)
+	assert.NoFileExists(t, file+".short")
+
+	f = newFake(t, &agent.Config{})
+	f.free = make(chan struct{})
+	running(t, h, "n", f, Config{})
+	c = dial(t, h, "n")
+	go func() {
+		_, err := c.Exec(ctx, sh(":"))
+		done <- err
+	}()
+	time.Sleep(10 * time.Millisecond)
+	f.end()
+	require.Error(t, <-done)
 }
 
 func TestExecSignalAndTerminal(t *testing.T) {

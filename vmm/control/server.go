@@ -58,6 +58,13 @@ type Inspector interface {
 	Processors(context.Context) ([]vmm.Processor, error)
 }
 
+// Keeper is implemented by a Machine whose guest is not everybody's as soon as its agent
+// has answered: a state of it is taken first, for machines to come, in which nothing is to
+// be that somebody did. Requests to the guest wait until Free is closed; nil: they need not.
+type Keeper interface {
+	Free() <-chan struct{}
+}
+
 // Config of a server. The zero value works.
 type Config struct {
 	// Info is what does not change: all but State, Clients and Stats. Name,
@@ -629,6 +636,16 @@ func (s *Server) pass(c *proto.Call, op passed) error {
 	m, err := s.running(c)
 	if err != nil {
 		return err
+	}
+	if k, ok := m.(Keeper); ok {
+		if free := k.Free(); free != nil {
+			select {
+			case <-free:
+			case <-m.Done(): // which the agent's connection says better
+			case <-c.Cancelled():
+				return context.Canceled
+			}
+		}
 	}
 	select {
 	case s.slots <- struct{}{}:
