@@ -20,7 +20,7 @@ import (
 // FSRM and others for which the kernel patches instructions into itself; by
 // number, because the kernel reads 127 characters of that option.
 const pvmCmdline = "nokaslr nopti mitigations=off vsyscall=none noreplace-smp rodata=off percpu_alloc=page " +
-	"clocksource=kvm-clock clearcpuid=308,295,288,514,145,298,151,158,306,59,534,297,580,131,141,311,312,320,321,322,323"
+	"rcupdate.rcu_cpu_stall_timeout=300 clocksource=kvm-clock clearcpuid=308,295,288,514,145,298,151,158,306,59,534,297,580,131,141,311,312,320,321,322,323"
 
 // Bits of RFLAGS that a program at CPL 3 changes by itself (POPF with IOPL 0): CF,
 // PF, AF, ZF, SF, TF, DF, OF, NT, AC and ID; and those that it always has set.

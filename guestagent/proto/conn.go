@@ -60,6 +60,7 @@ type Stats struct {
 // Sessions come and go on it as either side restarts; see docs/protocol.md.
 type Conn struct {
 	rw  io.ReadWriteCloser
+	end func() error // closes rw, once; who calls it again gets the same answer
 	cfg Config
 	out *outbox
 	dec *Decoder
@@ -86,7 +87,7 @@ func NewConn(rw io.ReadWriteCloser, cfg Config) *Conn {
 	}
 	cfg.Hello.MinVersion, cfg.Hello.MaxVersion = Version, Version
 	c := &Conn{
-		rw: rw, cfg: cfg, out: newOutbox(),
+		rw: rw, end: sync.OnceValue(rw.Close), cfg: cfg, out: newOutbox(),
 		self: nonce(), changed: make(chan struct{}),
 	}
 	c.newDecoder()
@@ -132,7 +133,7 @@ func (c *Conn) Run() error {
 	go func() {
 		err := c.out.run(c.rw)
 		// A transport that takes no more is of no use for reading.
-		c.rw.Close()
+		_ = c.end()
 		wrote <- err
 	}()
 	c.mu.Lock()
@@ -146,7 +147,7 @@ func (c *Conn) Run() error {
 	closed := c.err != nil // by Close, which also ended the reading
 	c.mu.Unlock()
 	c.shut(fmt.Errorf("%w: %w", ErrClosed, err))
-	c.rw.Close() // also releases a write that nobody takes
+	_ = c.end() // also releases a write that nobody takes
 	if werr := <-wrote; !errors.Is(werr, ErrClosed) && !errors.Is(err, io.EOF) {
 		err = werr // it ended the reading
 	}
@@ -161,7 +162,7 @@ func (c *Conn) Run() error {
 // returns. It is idempotent and legal at any time, also without Run.
 func (c *Conn) Close() error {
 	c.shut(ErrClosed)
-	return c.rw.Close()
+	return c.end()
 }
 
 // Flush waits until everything sent so far has been handed to the transport.

@@ -502,14 +502,31 @@ func TestEchoingTransportGivesNoSession(t *testing.T) {
 }
 
 func TestCloseAtAnyTime(t *testing.T) {
-	x, _ := net.Pipe()
-	c := NewConn(x, Config{})
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s")) // closing a socket twice is an error
+	require.NoError(t, err)
+	defer l.Close()
+	dial := func() net.Conn {
+		x, err := net.Dial("unix", l.Addr().String())
+		require.NoError(t, err)
+		return x
+	}
+	c := NewConn(dial(), Config{})
 	require.NoError(t, c.Close())
 	require.NoError(t, c.Close())
-	_, err := c.Start(testContext(t), "add", nil)
+	_, err = c.Start(testContext(t), "add", nil)
 	require.ErrorIs(t, err, ErrClosed)
 	require.ErrorIs(t, c.Flush(), ErrClosed)
 	require.NoError(t, c.Run())
+	y, err := l.Accept()
+	require.NoError(t, err)
+	require.NoError(t, y.Close())
+
+	c = NewConn(dial(), Config{})
+	y, err = l.Accept()
+	require.NoError(t, err)
+	require.NoError(t, y.Close())
+	_ = c.Run() // by the end of the other side, or a write into nothing
+	require.NoError(t, c.Close())
 }
 
 func TestNothingIsLeft(t *testing.T) {

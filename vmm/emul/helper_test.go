@@ -78,7 +78,7 @@ func newGuest(t testing.TB) *guest {
 		GDT:    Table{Base: gdtVA, Limit: 0x7f},
 	}
 	g.regs.RIP, g.regs.RFLAGS = codeVA, initialF
-	g.xcr0 = host().xcr0 & host().user
+	g.xcr0 = xUser()
 	g.mapPage(codeVA, codePA, pteP)
 	g.mapPage(gdtVA, gdtPA, pteP)
 	return g
@@ -272,10 +272,9 @@ func canonicalArea(a []byte) {
 	if bv&xSSE == 0 {
 		clear(a[offXMM:offAvail])
 	}
-	h := host()
-	user := h.xcr0 & h.user
+	user := xUser()
 	for i := 2; i < 63; i++ {
-		p := h.comp[i]
+		p := host().comp[i]
 		if user>>i&1 != 0 && bv>>i&1 == 0 {
 			clear(a[p.offset : p.offset+p.size])
 		}
@@ -297,13 +296,12 @@ func canonicalSSE(a []byte) {
 func state(a []byte) []byte {
 	c := append([]byte(nil), a...)
 	canonicalArea(c)
-	h := host()
 	clear(c[offMask:offST])
 	clear(c[offAvail:offHeader])
 	s := make([]byte, len(c)) // without the gaps between components, which differ between processors
 	end := copy(s, c[:offExt])
 	for i := 2; i < 63; i++ {
-		if p := h.comp[i]; h.xcr0&h.user>>i&1 != 0 {
+		if p := host().comp[i]; xUser()>>i&1 != 0 {
 			copy(s[p.offset:], c[p.offset:p.offset+p.size])
 			end = max(end, int(p.offset+p.size))
 		}
