@@ -352,10 +352,12 @@ func calm(ctx context.Context, times func() []time.Duration) {
 func rehearse(ctx context.Context, g *guest.Guest) {
 	ctx, cancel := context.WithTimeout(ctx, calmMax)
 	defer cancel()
-	g.Renew()
-	if g.Ready(ctx) == nil {
-		_, _ = g.Agent().Exec(ctx, guestagent.Command{Args: []string{"true"}})
+	// An answer means that the agent has been told all that is for the first copy only.
+	if g.Agent().Ping(ctx) != nil {
+		return
 	}
+	g.Renew()
+	_, _ = g.Agent().Exec(ctx, guestagent.Command{Args: []string{"true"}})
 }
 
 func (w *warm) save(ctx context.Context, g *guest.Guest, taken func()) error {
