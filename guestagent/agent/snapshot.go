@@ -203,7 +203,8 @@ func (s *snapshots) processes(w io.Writer, m *memory, pids []int, r *proto.Snaps
 	for i := range pids {
 		pid := pids[(from+i)%len(pids)]
 		if i%16 == 15 && spent() {
-			m.resume, r.Partial = pid, true
+			// Of those that were sent before, what changed comes with the next look.
+			m.resume, r.Partial = pid, len(m.procs) < len(pids)
 			return nil
 		}
 		old := m.procs[pid]

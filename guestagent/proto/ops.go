@@ -212,7 +212,7 @@ type Snapshot struct {
 	CPUUS       uint64 `cbor:"4,keyasint,omitempty"` // processor time that it cost, in microseconds
 	Processes   int    `cbor:"5,keyasint,omitempty"` // in all
 	Connections int    `cbor:"6,keyasint,omitempty"` // in all
-	Partial     bool   `cbor:"7,keyasint,omitempty"` // the budget was too small
+	Partial     bool   `cbor:"7,keyasint,omitempty"` // there are processes that have not been sent yet: the budget was too small
 	Boot        string `cbor:"8,keyasint,omitempty"` // the kernel's boot_id
 	AgentPID    int    `cbor:"9,keyasint,omitempty"`
 }
