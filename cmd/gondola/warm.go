@@ -294,7 +294,7 @@ func removeWarm(dir string) error {
 // keep saves the state of a machine whose agent has just answered, if there is none
 // yet, and returns when the machine goes on. The rest is done in the background.
 func (w *warm) keep(ctx context.Context, g *guest.Guest) {
-	if w == nil || w.state != nil || w.store == nil {
+	if w.others() == nil {
 		return
 	}
 	ctx, w.cancel = context.WithCancel(ctx)

@@ -37,7 +37,6 @@ func TestNote(t *testing.T) {
 	require.NoError(t, os.WriteFile(other, []byte("other"), 0o600))
 	require.NoError(t, os.Rename(other, n.path))
 	write("eight")
-	require.NoError(t, os.Chmod(filepath.Dir(n.path), 0o700))
 	require.NoError(t, os.RemoveAll(filepath.Dir(n.path)))
 	write("nine!")
 }
